@@ -1,0 +1,1 @@
+"""What the user types: one short function per verb. Knows everything below."""

@@ -1,0 +1,42 @@
+"""The errors and exit codes a person meets. Knows nothing of what raises them."""
+
+from __future__ import annotations
+
+DONE = 0
+OUR_FAULT = 1
+USER_MUST_ACT = 2
+STOPPED_BY_WATCHDOG = 3
+INTERRUPTED_AND_SAVED = 130
+
+
+class UserError(Exception):
+    """Something only the user can put right: what came, what was expected, what to do, and where.
+
+    `where` names file, record and field, e.g. `data.json, record 17 (line 204), field 'output'`.
+    """
+
+    exit_code = USER_MUST_ACT
+
+    def __init__(self, what: str, *, expected: str, fix: str, where: str = "") -> None:
+        super().__init__(what)
+        self.what, self.expected, self.fix, self.where = what, expected, fix, where
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.what}\n  expected: {self.expected}\n  to do:    {self.fix}"
+
+    def as_dict(self) -> dict[str, str]:
+        """The same four facts for `--json`."""
+        return {"what": self.what, "expected": self.expected, "fix": self.fix, "where": self.where}
+
+
+class RunStopped(UserError):
+    """A watchdog stopped a run that was under way; the last sound checkpoint can be resumed."""
+
+    exit_code = STOPPED_BY_WATCHDOG
+
+
+class RunInterrupted(UserError):
+    """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved its state first."""
+
+    exit_code = INTERRUPTED_AND_SAVED

@@ -1,0 +1,229 @@
+"""The run file: every section, field, unit and reason. Knows no file reading and no stage.
+
+The string under a field is its documentation: `docs/run-file.md` and `zhibei config --explain` are made from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model, and how it is held in memory."""
+
+    path: str
+    """A Hugging Face folder, a run directory of zhibei, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """Folder or hub id of another tokenizer; by default the model's own."""
+    method: Literal["full", "lora", "qlora"] = "full"
+    """What is trained: all weights, adapters on frozen weights, or adapters on a 4-bit base."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """How a frozen base is held: `int8` (LLM.int8) or `nf4`. `method: qlora` means nf4 unless int8 is named."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward and backward. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU.
+    With bf16 and fp16, full training keeps fp32 master weights."""
+    attention: Literal["auto", "varlen", "documents", "sdpa", "eager"] = "auto"
+    """`varlen`: one kernel over packed rows (CUDA). `documents`: exact attention row by row (any device).
+    `sdpa` and `eager` are for unpacked batches. auto picks the fastest exact one."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass: of every layer (full), of every other layer (selective)."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile each decoder layer. auto: on CUDA with a C compiler, off on a CPU."""
+    rope_scaling_factor: Annotated[float, Field(gt=1)] | None = None
+    """Linear scaling of rotary positions, for rows longer than the model was trained on (Vicuna's trick)."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with the model. Off unless you know the source."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters (arXiv:2106.09685), held by PEFT. Read only when model.method is lora or qlora."""
+
+    rank: Positive = 16
+    """Inner dimension r of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale: the adapter's output is multiplied by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the layers that get an adapter; each name must match at least one layer."""
+    rslora: bool = False
+    """Rank-stabilised scale alpha / sqrt(rank) (arXiv:2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adapters (arXiv:2402.09353)."""
+    modules_to_save: list[str] = []
+    """Layers trained in full beside the adapters, e.g. [embed_tokens, lm_head] after adding tokens."""
+    adapter: str | None = None
+    """A PEFT folder to continue from; its own rank and targets are then used."""
+
+
+class Source(Section):
+    """One file, folder, glob or hub data set of the mixture."""
+
+    path: str
+    """A JSON, JSONL (also .gz), Parquet, CSV or text file, a folder or glob of them, or a hub id."""
+    format: str = "auto"
+    """Name of the reader; auto recognises it from the fields. `zhibei data formats` lists them."""
+    split: str = "train"
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row of this source is seen per epoch: 2 repeats it, 0.5 takes half of it (chosen by hash)."""
+    limit: Positive | None = None
+    """Use only the first so many records."""
+    columns: dict[str, str] = {}
+    """Renames fields before reading: {our name: name in the file}."""
+
+
+class DataSection(Section):
+    """Which rows, how they become tokens, and which tokens are learned."""
+
+    sources: Annotated[list[Source | str], Field(min_length=1)]
+    """The mixture. A bare string is a source with default settings."""
+    template: str = "auto"
+    """Name of a template (`zhibei data templates`), or auto: the tokenizer's own chat template, else alpaca."""
+    system: str | None = None
+    """System prompt for conversations that have none; by default the template's own."""
+    max_tokens: Positive = 1024
+    """Longest row, in tokens."""
+    too_long: Literal["drop", "cut", "stop"] = "drop"
+    """Rows over max_tokens: dropped into the ledger, cut at the end (the answer loses its terminator), or an error.
+    Plain text is always split into chunks."""
+    supervise: Literal["answers", "last_answer", "turns", "everything"] = "answers"
+    """Which tokens are learned: all answers, only the last one, what every speaker said, or all tokens
+    (`everything` is Alpaca-LoRA's train_on_inputs). The terminator of a learned answer is always learned."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """A broken record stops the run with its place and remedy, or is dropped into the ledger."""
+    special_tokens_in_text: Literal["drop", "stop", "keep"] = "drop"
+    """Rows whose text spells a special token such as </s>, which the tokenizer would read as the real one."""
+    validation: Fraction | Annotated[int, Field(ge=2)] | str = 0.02
+    """Held-out rows: a fraction, a number of rows, or a file. The split is by content hash, so equal rows stay together."""
+    packing: bool = True
+    """Rows share a micro-batch without padding and without seeing one another. Off: padded to the longest."""
+    group_by_length: bool = False
+    """Unpacked only: rows of similar length share a micro-batch (less padding, less random)."""
+    shuffle: bool = True
+    """A new order each epoch, a pure function of seed and epoch."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that prepare rows; by default one per core."""
+    cache: str | None = None
+    """Where prepared rows are kept; by default ~/.cache/zhibei (or ZHIBEI_CACHE)."""
+
+
+class TrainingSection(Section):
+    """What every training method shares: batch, optimiser, schedule, held-out evaluation, saving."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training rows. Ignored when max_steps is given."""
+    max_steps: Positive | None = None
+    """Stop after so many optimiser steps, whatever epochs says."""
+    global_batch: Positive = 128
+    """Rows per optimiser step on all GPUs together."""
+    micro_batch_tokens: Positive = 4096
+    """Most tokens in one forward pass on one GPU; rows of a step are spread over as many passes as that needs."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak learning rate. By default 2e-5 for full training and 2e-4 for adapters."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up. wsd: constant, then linear decay over the last `decay_ratio` of the steps."""
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps in which the rate rises linearly from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Warm-up in steps; wins over warmup_ratio."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd only: share of all steps spent in the final decay."""
+    min_lr_ratio: Fraction = 0.0
+    """The rate ends at this share of its peak."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw: fp32 states (8 bytes per parameter). adamw_8bit: block-wise 8-bit states. adafactor: factored states."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices only (not on norms, biases and embeddings)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's first-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's second-moment decay."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator floor."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    evaluate_every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between held-out evaluations; by default ten per run; 0 only at the end."""
+    evaluate_rows: Positive = 1000
+    """At most so many held-out rows are used per evaluation."""
+    early_stop_patience: Positive | None = None
+    """Stop after so many evaluations without a better held-out loss."""
+    save_every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between checkpoints; by default as often as evaluations; 0 only at the end."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept, besides the best one."""
+    keep_best: bool = True
+    """Write the model of the best held-out evaluation as the final model."""
+    sample_prompts: list[str] = []
+    """Prompts answered at evaluations, side by side with the base model; by default four held-out ones."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 64
+    """Tokens per sampled answer; 0 switches the sample panel off."""
+
+
+class SftSection(TrainingSection):
+    """Supervised fine-tuning and continued pre-training."""
+
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Noise on the embeddings in training (arXiv:2310.05914); 5 is common, 0 off."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of (log Z)^2, which keeps logits from drifting; 1e-4 is common, 0 off."""
+
+
+class LogSection(Section):
+    """Where the figures of a run go. metrics.jsonl is always written."""
+
+    every: Positive = 1
+    """Steps between logged records."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    wandb: str | None = None
+    """Project name for Weights & Biases (pip install wandb); off by default."""
+
+
+class RunFile(Section):
+    """One file for the whole path; each stage reads its own section."""
+
+    name: str
+    """The run writes into <runs>/<name>/."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of row order, dropout, adapters and samples."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:1."""
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    sft: SftSection = SftSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunFile:
+        if self.data.packing and self.data.group_by_length:
+            raise ValueError("data.group_by_length has no effect with data.packing: true; set one of them to false")
+        if self.data.packing and self.model.attention in ("sdpa", "eager"):
+            raise ValueError(
+                f"model.attention: {self.model.attention} cannot keep packed rows apart; "
+                "set data.packing: false, or model.attention: auto"
+            )
+        if self.model.method == "full" and self.model.quantize != "none":
+            raise ValueError("model.quantize holds a frozen base; with model.method: full there is none. Use qlora")
+        if "lora" in self.model_fields_set and self.model.method == "full":
+            raise ValueError("section lora has no effect with model.method: full; remove it, or set model.method: lora")
+        return self

@@ -1,0 +1,1 @@
+"""Rows: read, clean, mix, prepare, batch. Knows text and files, no models."""

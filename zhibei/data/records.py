@@ -1,0 +1,75 @@
+"""The kinds of row every reader returns. Knows no file format, no template and no tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from zhibei.text.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from: `index` counts records of the file from 0, `line` counts its lines from 1."""
+
+    source: str
+    index: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source}, record {self.index}" + (f" (line {self.line})" if self.line else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns to learn from (supervised fine-tuning). `extra` keeps the fields only a lossless conversion needs."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    tools: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """Text to continue pre-training on; long rows are cut into chunks, never dropped."""
+
+    text: str
+    origin: Origin
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two continuations of one prompt, the first preferred (reward model, DPO and kin)."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    origin: Origin
+    margin: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer with a thumb up or down (KTO)."""
+
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    is_good: bool
+    origin: Origin
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Something to answer, without an answer (PPO, GRPO). `reference` is a checkable result where there is one."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    reference: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Record = Conversation | PlainText | Preference | Judged | Prompt

@@ -1,0 +1,1 @@
+"""Sampling from a model. Knows no training and no server."""

@@ -1,0 +1,1 @@
+"""Models and adapters at the border to transformers and PEFT. Knows no rows and no loops."""

@@ -1,0 +1,1 @@
+"""What lies on disk: run directories, checkpoints, manifests, metrics. Knows no training and no rows."""

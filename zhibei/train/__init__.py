@@ -1,0 +1,1 @@
+"""The loops, one visible file per method. Knows no other stage."""
