@@ -1,0 +1,155 @@
+"""The progress line on recorded lists of records, in every mode."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+
+from zhibei.cli.progress import Pace, ProgressLine, as_duration
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def train(step: int, loss: float = 1.0) -> dict[str, Any]:
+    return {
+        "kind": "train", "step": step, "time": 0.0, "epoch": step / 20, "loss": loss, "grad_norm": 1.0,
+        "learning_rate": 2e-5, "tokens": 4096, "supervised_tokens": 900, "tokens_per_s": 12345.6, "seconds": 1.0,
+        "peak_gib": None, "host_gib": 3.25, "micro_batches": 2,
+    }  # fmt: skip
+
+
+def play(mode: Any, records: list[dict[str, Any]], *, seconds_per_record: float = 1.0) -> str:
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine(mode, stream=stream, clock=clock) as line:
+        for record in records:
+            line(record)
+            clock.now += seconds_per_record
+    return stream.getvalue()
+
+
+STARTED = {"kind": "event", "step": 0, "event": "started", "text": "", "total_steps": 40, "total_rows": 320}
+HELDOUT = {"kind": "heldout", "step": 20, "loss": 1.5, "perplexity": 4.4817, "is_best": True}
+FINISHED = {"kind": "event", "step": 40, "event": "finished", "text": "the model is in model/"}
+RUN = [STARTED, *map(train, range(1, 21)), HELDOUT, *map(train, range(21, 41)), FINISHED]
+
+
+def test_plain_lines_are_sparse_and_complete() -> None:
+    lines = play("plain", RUN).splitlines()
+    steps = [line.split("/")[0] for line in lines if "/40" in line]
+    assert steps == ["step 1", "step 11", "step 20", "step 21", "step 31", "step 40"]
+    assert lines[0] == "started: 40 steps, 320 rows"
+    assert "step 20: held-out loss 1.5000, perplexity 4.48, best so far" in lines
+    assert lines[-1] == "step 40: finished: the model is in model/"
+    assert lines[2] == (
+        "step 11/40  epoch 0.55  loss 1.0000  (this step 1.0000)  12,346 tokens/s  lr 2.00e-05  "
+        "memory 3.2 GiB  29 s left"
+    )
+
+
+def test_plain_output_has_no_control_characters() -> None:
+    assert all(character == "\n" or character.isprintable() for character in play("plain", RUN))
+
+
+def test_quiet_shows_only_what_went_wrong() -> None:
+    assert play("quiet", RUN) == ""
+    stopped = {"kind": "event", "step": 7, "event": "stopped", "text": "loss is not finite"}
+    assert play("quiet", [*RUN[:5], stopped]) == "step 7: stopped: loss is not finite\n"
+
+
+def test_json_mode_gives_back_every_record() -> None:
+    assert [json.loads(line) for line in play("json", RUN).splitlines()] == RUN
+
+
+def test_json_mode_stays_json_when_the_loss_is_not_a_number() -> None:
+    (line,) = play("json", [train(1, float("nan"))]).splitlines()
+    assert json.loads(line)["loss"] is None
+    assert "NaN" not in line
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such() -> None:
+    assert "(this step nan)" in play("plain", [train(1, float("nan"))])
+
+
+def test_live_mode_keeps_the_lasting_lines() -> None:
+    text = play("live", RUN)
+    assert "held-out loss 1.5000, perplexity 4.48, best so far" in text
+    assert "finished: the model is in model/" in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_the_live_line_fits_the_terminal(width: int) -> None:
+    line = ProgressLine("live", stream=io.StringIO(), clock=Clock())
+    for record in RUN[1:20]:
+        line._console.width = width
+        line(record)
+        assert len(line._line) <= width
+        assert line._line.startswith("step")
+    line.close()
+
+
+def test_records_without_any_field_do_not_break_it() -> None:
+    records: list[dict[str, Any]] = [{}, {"kind": "train"}, {"kind": "heldout"}, {"kind": "event"}, {"kind": "new"}]
+    for mode in ("plain", "quiet", "json", "live"):
+        play(mode, records)
+
+
+def test_time_left_survives_slow_first_steps_and_counts_evaluations() -> None:
+    pace = Pace()
+    now = 0.0
+    for step in range(1, 65):
+        now += 90.0 if step <= 3 else 2.0
+        if step in (20, 40):
+            pace.interruption()
+            now += 30.0
+        pace.step(step, now)
+    # 2 s a step, and 2 x 30 s of evaluation spread over the 63 steps seen
+    assert pace.seconds_left(100) == pytest.approx(100 * (2 + 60 / 63))
+
+
+def test_time_left_is_unknown_before_three_steps() -> None:
+    pace = Pace()
+    for step in range(1, 4):
+        pace.step(step, float(step))
+    assert pace.seconds_left(10) is None
+    pace.step(4, 4.0)
+    assert pace.seconds_left(10) == 10.0
+
+
+def test_steps_logged_every_tenth_give_the_same_pace() -> None:
+    pace = Pace()
+    for step in range(10, 60, 10):
+        pace.step(step, float(step) * 3)
+    assert pace.seconds_left(7) == pytest.approx(21.0)
+
+
+def test_preparation_shows_rows_and_rate() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with ProgressLine("plain", stream=stream, clock=clock) as line:
+        for num_rows in range(0, 5001, 100):
+            line.rows(num_rows, 5000)
+            clock.now += 0.5
+    assert stream.getvalue().splitlines() == [
+        "preparing rows 0/5,000",
+        "preparing rows 2,000/5,000   200 rows/s",
+        "preparing rows 4,000/5,000   200 rows/s",
+        "preparing rows 5,000/5,000   200 rows/s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.6, "1 min 0 s"), (75, "1 min 15 s"), (7300, "2 h 1 min"), (200000, "2 d 7 h")],
+)
+def test_durations_read_like_durations(seconds: float, text: str) -> None:
+    assert as_duration(seconds) == text
