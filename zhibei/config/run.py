@@ -147,7 +147,7 @@ class TrainingSection(Section):
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     """adamw: fp32 states (8 bytes per parameter). adamw_8bit: block-wise 8-bit states. adafactor: factored states."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay, on matrices only (not on norms, biases and embeddings)."""
+    """Decoupled weight decay, on matrices and embeddings, not on norms and biases."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Adam's first-moment decay."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

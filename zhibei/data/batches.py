@@ -1,0 +1,253 @@
+"""Which rows make up an optimiser step, and the tensors of its micro-batches. Knows tokens, not text or models.
+
+Dimensions: B sequences (1 when packed), T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.data.prepared import PreparedRows
+
+NOT_LEARNED = -100
+LENGTH_GROUP_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    `targets_BT` holds the next token where it is learned, else -100; the shift by one happens here and nowhere else.
+    Packed batches (B = 1) have `borders` (int32, cumulative row lengths from 0) and `row_lengths`; the last row may be
+    padding. Padded batches have neither and a `mask_BT` of real tokens. `num_units` counts the learned tokens.
+    """
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    positions_BT: torch.Tensor
+    mask_BT: torch.Tensor | None
+    borders: torch.Tensor | None
+    row_lengths: tuple[int, ...]
+    row_numbers: tuple[int, ...]
+    num_units: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of real rows, padding not counted."""
+        return sum(self.row_lengths[: len(self.row_numbers)])
+
+    @property
+    def longest(self) -> int:
+        return max(self.row_lengths)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; the copy does not wait when the memory is pinned."""
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None or device.type == "cpu":
+                return tensor
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        moved = {name: move(getattr(self, name)) for name in ("tokens_BT", "targets_BT", "positions_BT")}
+        return replace(self, **moved, mask_BT=move(self.mask_BT), borders=move(self.borders))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows become steps and steps become micro-batches.
+
+    `pad_multiple`: token counts are padded up to a multiple, so that compiled kernels see few shapes.
+    """
+
+    global_batch: int
+    micro_batch_tokens: int
+    packing: bool = True
+    shuffle: bool = True
+    group_by_length: bool = False
+    seed: int = 0
+    pad_multiple: int = 1
+    pad_token: int = 0
+
+
+class Batches:
+    """Steps over prepared rows. Which rows a step has is a pure function of (seed, step), whatever the ranks."""
+
+    def __init__(self, rows: PreparedRows, plan: BatchPlan, *, epochs: float = 1, max_steps: int | None = None) -> None:
+        num_rows = len(rows)
+        if num_rows < plan.global_batch:
+            raise UserError(
+                f"{num_rows} training rows are fewer than one optimiser step takes ({plan.global_batch})",
+                expected="at least one full step of rows",
+                fix=f"set sft.global_batch to {max(1, num_rows // 4)} or so, or add rows",
+                where="sft.global_batch",
+            )
+        self.rows, self.plan = rows, plan
+        total_rows = round(epochs * num_rows) if max_steps is None else max_steps * plan.global_batch
+        self.num_steps = max(1, -(-total_rows // plan.global_batch))
+        self._total_rows = max(total_rows, 1)
+        self._lengths = rows.lengths
+        self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        longest = int(self._lengths.max())
+        if longest > plan.micro_batch_tokens:
+            raise UserError(
+                f"the longest row has {longest} tokens, one forward pass takes {plan.micro_batch_tokens}",
+                expected="micro_batch_tokens at least as large as the longest row",
+                fix=f"set sft.micro_batch_tokens: {longest} or more, or lower data.max_tokens",
+                where="sft.micro_batch_tokens",
+            )
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data once `step` steps are done."""
+        return min(step * self.plan.global_batch, self._total_rows) / len(self.rows)
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Row numbers of step `step` (from 0); the stream runs over epoch borders, so only the last step may be short."""
+        first = step * self.plan.global_batch
+        last = min(first + self.plan.global_batch, self._total_rows)
+        positions = np.arange(first, last)
+        epochs = positions // len(self.rows)
+        parts = [self._order(int(e))[positions[epochs == e] % len(self.rows)] for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._order_of_epoch[0] != epoch:
+            self._order_of_epoch = (epoch, epoch_order(self._lengths, self.plan, epoch))
+        return self._order_of_epoch[1]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The step's rows as forward passes within the token budget."""
+        numbers = self.rows_of_step(step)
+        split = split_packed if self.plan.packing else split_padded
+        groups = split(self._lengths[numbers], self.plan.micro_batch_tokens)
+        collate = collate_packed if self.plan.packing else collate_padded
+        return [collate(self.rows, numbers[group], self.plan) for group in groups]
+
+    def steps(self, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, micro-batches) from step `first` on; the next step is put together while this one is computed."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as ahead:
+            pending = ahead.submit(self.micro_batches, first) if first < self.num_steps else None
+            for step in range(first, self.num_steps):
+                assert pending is not None
+                current = pending.result()
+                pending = ahead.submit(self.micro_batches, step + 1) if step + 1 < self.num_steps else None
+                yield step, current
+
+    def all_rows(self, limit: int | None = None) -> Iterator[Batch]:
+        """Every row once, in file order, for held-out evaluation."""
+        for start in range(0, min(len(self.rows), limit or len(self.rows)), self.plan.global_batch):
+            numbers = np.arange(start, min(start + self.plan.global_batch, len(self.rows), limit or len(self.rows)))
+            split = split_packed if self.plan.packing else split_padded
+            collate = collate_packed if self.plan.packing else collate_padded
+            for group in split(self._lengths[numbers], self.plan.micro_batch_tokens):
+                yield collate(self.rows, numbers[group], self.plan)
+
+
+def epoch_order(lengths: np.ndarray, plan: BatchPlan, epoch: int) -> np.ndarray:
+    """Row numbers in the order of one epoch: a pure function of (seed, epoch, lengths)."""
+    num_rows = len(lengths)
+    if not plan.shuffle:
+        return np.arange(num_rows)
+    random = np.random.Generator(np.random.Philox(key=[plan.seed, epoch]))
+    order = random.permutation(num_rows)
+    if not plan.group_by_length:
+        return order
+    window = LENGTH_GROUP_STEPS * plan.global_batch
+    grouped = []
+    for start in range(0, num_rows, window):
+        part = order[start : start + window]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        steps = [part[i : i + plan.global_batch] for i in range(0, len(part), plan.global_batch)]
+        # The short remainder stays last, or every later step would straddle two length groups.
+        full, short = (
+            [s for s in steps if len(s) == plan.global_batch],
+            [s for s in steps if len(s) < plan.global_batch],
+        )
+        grouped += [full[i] for i in random.permutation(len(full))] + short
+    return np.concatenate(grouped)
+
+
+def split_packed(lengths: np.ndarray, budget: int) -> list[list[int]]:
+    """Fewest nearly equal groups whose token sums stay within the budget (longest row first, lightest group)."""
+    by_length = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
+    num_groups = max(1, -(-int(lengths.sum()) // budget))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(num_groups)]
+        sums = [0] * num_groups
+        for i in by_length:
+            lightest = sums.index(min(sums))
+            groups[lightest].append(i)
+            sums[lightest] += int(lengths[i])
+        if max(sums) <= budget:
+            return [sorted(group) for group in groups if group]
+        num_groups += 1
+
+
+def split_padded(lengths: np.ndarray, budget: int) -> list[list[int]]:
+    """Rows of similar length together, each group at most `budget` tokens including its padding."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
+        longest = int(lengths[groups[-1][0]]) if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _row(rows: PreparedRows, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and next-token targets of one row; the last token has no target."""
+    part = slice(int(rows.borders[number]), int(rows.borders[number + 1]))
+    tokens = np.asarray(rows.tokens[part], dtype=np.int64)
+    targets = np.full(len(tokens), NOT_LEARNED, dtype=np.int64)
+    targets[:-1] = np.where(rows.supervised[part][1:], tokens[1:], NOT_LEARNED)
+    return tokens, targets
+
+
+def collate_packed(rows: PreparedRows, numbers: Sequence[int] | np.ndarray, plan: BatchPlan) -> Batch:
+    """Rows end to end in one sequence; positions restart at each row, padding at the end is a row of its own."""
+    pairs = [_row(rows, int(number)) for number in numbers]
+    lengths = [len(tokens) for tokens, _ in pairs]
+    padding = -sum(lengths) % plan.pad_multiple
+    if padding:
+        pairs.append((np.full(padding, plan.pad_token), np.full(padding, NOT_LEARNED)))
+        lengths.append(padding)
+    targets = np.concatenate([t for _, t in pairs])
+    return Batch(
+        tokens_BT=torch.from_numpy(np.concatenate([t for t, _ in pairs]))[None],
+        targets_BT=torch.from_numpy(targets)[None],
+        positions_BT=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        mask_BT=None,
+        borders=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        row_lengths=tuple(lengths),
+        row_numbers=tuple(int(number) for number in numbers),
+        num_units=int((targets != NOT_LEARNED).sum()),
+    )
+
+
+def collate_padded(rows: PreparedRows, numbers: Sequence[int] | np.ndarray, plan: BatchPlan) -> Batch:
+    """Rows side by side, padded on the right to the longest."""
+    pairs = [_row(rows, int(number)) for number in numbers]
+    lengths = [len(tokens) for tokens, _ in pairs]
+    width = max(lengths) + (-max(lengths) % plan.pad_multiple)
+    tokens_BT = np.full((len(pairs), width), plan.pad_token, dtype=np.int64)
+    targets_BT = np.full((len(pairs), width), NOT_LEARNED, dtype=np.int64)
+    for index, (tokens, targets) in enumerate(pairs):
+        tokens_BT[index, : len(tokens)] = tokens
+        targets_BT[index, : len(targets)] = targets
+    positions_T = np.arange(width)
+    return Batch(
+        tokens_BT=torch.from_numpy(tokens_BT),
+        targets_BT=torch.from_numpy(targets_BT),
+        positions_BT=torch.from_numpy(np.broadcast_to(positions_T, tokens_BT.shape).copy()),
+        mask_BT=torch.from_numpy((positions_T[None] < np.asarray(lengths)[:, None]).astype(np.int64)),
+        borders=None,
+        row_lengths=tuple(lengths),
+        row_numbers=tuple(int(number) for number in numbers),
+        num_units=int((targets_BT != NOT_LEARNED).sum()),
+    )
