@@ -18,7 +18,7 @@ _TRAINING_TEXT = [
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of 300 tokens with `<s>`, `</s>`, `<pad>`, `<unk>`; puts `<s>` first, as LLaMA does."""
+    """A byte-level BPE tokenizer of 300 tokens with `<s>`, `</s>`, `<pad>`, `<unk>`; `<s>` comes first, as in LLaMA."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0) -> Any:
-    """A random model of a family in fp32 and eval mode: 2 layers, hidden 32, 300 tokens; leaves the global RNG alone."""
+    """A random model of a family in fp32 and eval mode: 2 layers, hidden 32; leaves the global RNG alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
