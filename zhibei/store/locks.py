@@ -1,0 +1,82 @@
+"""Marks of unfinished work that die with the process that made them. Knows no tensors and no checkpoint format."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zhibei.config.errors import UserError
+
+
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock file while the block runs. The kernel frees it when the process dies, even by SIGKILL.
+
+    Process numbers alone would not do: containers start every process with the same few numbers.
+    UserError when another thread or process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            os.close(descriptor)
+            if problem.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise UserError(
+                "another thread or process is writing the same thing right now",
+                expected="one writer",
+                fix="wait for it, or stop the other run of the same name",
+                where=str(path),
+            ) from problem
+        if _is_same_file(descriptor, path):
+            break
+        os.close(descriptor)  # a cleaner removed the name between opening and locking
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def take_over(path: Path, *, pid: int) -> Iterator[bool]:
+    """Whether the writer behind a lock file is dead; while the block runs nobody else can become the writer.
+
+    Without the lock file (the writer died just before making or after removing it) the process number decides.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        yield not _is_running(pid)
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield _is_same_file(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
