@@ -138,7 +138,7 @@ def _lock_of(temporary: Path) -> Path:
 def _write_file(folder: Path, name: str, text: str) -> WrittenFile:
     file = HashedFile(folder / name)
     try:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", errors="backslashreplace"))
     except BaseException:
         file.abandon()
         raise

@@ -8,9 +8,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from zhibei.config.errors import UserError
 
@@ -26,7 +25,7 @@ class HashedFile:
         self.num_bytes = 0
         self._sha256 = hashlib.sha256()
         # Unbuffered: every write is one large block, and a buffer would copy it once more.
-        self._file = open(path, "xb", buffering=0)
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 closed by close()
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")
@@ -139,20 +138,21 @@ def as_json(value: Any) -> str:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write a JSON file that is the old one or the new one at every moment, also after a power cut."""
-    write_text_atomic(path, as_json(value))
+    # Half a surrogate pair has no UTF-8 spelling; as `\ud800` it is proper JSON.
+    _write_atomic(path, as_json(value).encode("utf-8", errors="backslashreplace"))
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file that is the old one or the new one at every moment."""
-    _write_atomic(path, lambda file: file.write(text.encode("utf-8", errors="surrogatepass")))
+    _write_atomic(path, text.encode("utf-8"))
 
 
-def _write_atomic(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def _write_atomic(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         with open(temporary, "wb") as file:
-            fill(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

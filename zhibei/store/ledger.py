@@ -21,7 +21,7 @@ class Ledger:
         self.counts: Counter[str] = Counter()
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair has no UTF-8 spelling; as `\\ud800` it is proper JSON.
+        # Half a surrogate pair has no UTF-8 spelling; as `\ud800` it is proper JSON.
         self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
 
     def __enter__(self) -> Ledger:

@@ -104,7 +104,7 @@ class Metrics:
                 self.notes.append(
                     'TensorBoard is not installed; only metrics.jsonl is written (pip install "zhibei[track]")'
                 )
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = open(self._path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 see close()
 
     def __enter__(self) -> Metrics:
         return self

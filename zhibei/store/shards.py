@@ -1,7 +1,7 @@
 """Named tensors streamed to and from safetensors files, one tensor in host memory at a time. Knows no model and no run.
 
-Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header padded with
-spaces to a multiple of 8 bytes, then the data. Larger item sizes come first, so that every tensor starts aligned.
+Layout of a file (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header padded
+with spaces to a multiple of 8 bytes, then the data. Larger item sizes come first, so that every tensor starts aligned.
 The library's `save_file` wants all tensors in memory at once; this writer holds one.
 """
 
@@ -202,7 +202,7 @@ def host_bytes(name: str, tensor: Writable) -> memoryview:
             f"{value.dtype} {tuple(value.shape)}"
         )
     flat = value.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_index(folder: Path, written: list[WrittenFile], *, stem: str) -> dict[str, Any] | None:
