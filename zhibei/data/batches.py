@@ -24,8 +24,8 @@ class Batch:
     """One forward pass.
 
     `targets_BT` holds the next token where it is learned, else -100; the shift by one happens here and nowhere else.
-    Packed batches (B = 1) have `borders` (int32, cumulative row lengths from 0) and `row_lengths`; the last row may be
-    padding. Padded batches have neither and a `mask_BT` of real tokens. `num_units` counts the learned tokens.
+    Packed batches (B = 1) have `borders` (int32, cumulative row lengths from 0); rows beyond `row_numbers` are padding.
+    Padded batches have a `mask_BT` of real tokens instead. `num_units` counts the learned tokens.
     """
 
     tokens_BT: torch.Tensor
@@ -107,7 +107,7 @@ class Batches:
         return min(step * self.plan.global_batch, self._total_rows) / len(self.rows)
 
     def rows_of_step(self, step: int) -> np.ndarray:
-        """Row numbers of step `step` (from 0); the stream runs over epoch borders, so only the last step may be short."""
+        """Row numbers of step `step` (from 0). The stream runs over epoch borders: only the last step may be short."""
         first = step * self.plan.global_batch
         last = min(first + self.plan.global_batch, self._total_rows)
         positions = np.arange(first, last)
@@ -210,13 +210,15 @@ def _row(rows: PreparedRows, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def collate_packed(rows: PreparedRows, numbers: Sequence[int] | np.ndarray, plan: BatchPlan) -> Batch:
-    """Rows end to end in one sequence; positions restart at each row, padding at the end is a row of its own."""
+    """Rows end to end in one sequence; positions restart at each row, padding at the end is rows of its own."""
     pairs = [_row(rows, int(number)) for number in numbers]
     lengths = [len(tokens) for tokens, _ in pairs]
-    padding = -sum(lengths) % plan.pad_multiple
-    if padding:
-        pairs.append((np.full(padding, plan.pad_token), np.full(padding, NOT_LEARNED)))
-        lengths.append(padding)
+    padding, longest = -sum(lengths) % plan.pad_multiple, max(lengths)
+    # Padding is cut into rows no longer than the longest real one: kernels are told that as their upper bound.
+    for size in [longest] * (padding // longest) + [padding % longest]:
+        if size:
+            pairs.append((np.full(size, plan.pad_token), np.full(size, NOT_LEARNED)))
+            lengths.append(size)
     targets = np.concatenate([t for _, t in pairs])
     return Batch(
         tokens_BT=torch.from_numpy(np.concatenate([t for t, _ in pairs]))[None],

@@ -18,6 +18,15 @@ DOCUMENTS = "zhibei_documents"
 UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 
 
+class RowLengths:
+    """Row lengths in a box that torch.compile does not look into (a bare tuple would be compiled in)."""
+
+    __slots__ = ("lengths",)
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths = lengths
+
+
 def register() -> None:
     """Make both kernels known to transformers; the mask functions return none, since borders do the masking."""
     for name, function in ((VARLEN, varlen_attention), (DOCUMENTS, document_attention)):
@@ -47,7 +56,7 @@ def varlen_attention(
 
     _refuse(module, options)
     if options.get("softcap") is not None:
-        return document_attention(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, **options)
+        raise NotImplementedError("the varlen kernel has no soft cap; load_model picks 'documents' for such families")
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query_BHTD, key_BKTD, value_BKTD))
     # torch 2.10 has no enable_gqa here; repeating heads is exact everywhere.
@@ -69,6 +78,7 @@ def varlen_attention(
     return mixed[None], None
 
 
+@torch.compiler.disable
 def document_attention(
     module: torch.nn.Module,
     query_BHTD: torch.Tensor,
@@ -77,14 +87,14 @@ def document_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Exact attention row by row, on any device: the work is the sum of squared row lengths, not the square of the sum."""
+    """Exact attention row by row, on any device: the work is the sum of squares, not the square of the sum."""
     _refuse(module, options)
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     window, softcap, scale = options.get("sliding_window"), options.get("softcap"), options.get("scaling")
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
     # One split per tensor: its backward is one concatenation, not a sum of as many padded slices as there are rows.
-    lengths = options["row_lengths"]
+    lengths = options["rows"].lengths
     parts = zip(*(x.split(lengths, dim=2) for x in (query_BHTD, key_BKTD, value_BKTD)), strict=True)
     mixed = [_one_row(query, key, value, scale=scale, window=window, softcap=softcap) for query, key, value in parts]
     return torch.cat(mixed, dim=2).transpose(1, 2), None

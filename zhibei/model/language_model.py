@@ -1,0 +1,171 @@
+"""A decoder model as training sees it: a body that gives hidden states and a head. Knows batches, not loops or files.
+
+Dimensions: B sequences, T tokens, N = B * T, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.model import attention
+
+
+class BatchLike(Protocol):
+    """What the body needs of a batch (data.batches.Batch has it)."""
+
+    tokens_BT: torch.Tensor
+    positions_BT: torch.Tensor
+    mask_BT: torch.Tensor | None
+    borders: torch.Tensor | None
+    row_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """How raw head outputs become logits: `scale * x`, then `softcap * tanh(x / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class LanguageModel:
+    """The border object around a transformers (and PEFT) model.
+
+    `hf` is the outermost module (a PeftModel when adapters are present), `inner` the transformers model.
+    """
+
+    def __init__(self, hf: Any, *, attention_name: str, longest_row: int, neftune_alpha: float = 0.0) -> None:
+        self.hf = hf
+        self.inner = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+        self.body = self.inner.base_model
+        self.head = self.inner.get_output_embeddings()
+        if self.head is None:
+            raise UserError(
+                f"{type(self.inner).__name__} has no language-model head",
+                expected="a causal language model",
+                fix="point model.path at a decoder model such as LLaMA, Mistral, Qwen, Gemma or Phi",
+                where="model.path",
+            )
+        self.head_shape = head_shape(self.inner.config)
+        self.attention_name = attention_name
+        self.longest_row = longest_row
+        self.neftune_alpha = neftune_alpha
+
+    @property
+    def config(self) -> Any:
+        return self.inner.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that learn, by the name they have in `hf`; tied ones appear once."""
+        return {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(trainable, all)."""
+        everything = sum(parameter.numel() for parameter in self.hf.parameters())
+        return sum(parameter.numel() for parameter in self.trainable().values()), everything
+
+    def hidden(self, batch: BatchLike) -> torch.Tensor:
+        """Hidden states [N, D] of a batch, after the final norm."""
+        inputs: dict[str, Any] = {"input_ids": batch.tokens_BT}
+        if self.neftune_alpha and self.hf.training:
+            inputs = {"inputs_embeds": self._noisy_embeddings(batch)}
+        if batch.borders is None:
+            inputs["attention_mask"] = batch.mask_BT
+        elif self.attention_name == attention.VARLEN:
+            inputs["borders"], inputs["longest"] = batch.borders, self.longest_row
+        else:
+            inputs["rows"] = attention.RowLengths(batch.row_lengths)
+        output = self.body(position_ids=batch.positions_BT, use_cache=False, **inputs)
+        return output.last_hidden_state.flatten(0, 1)
+
+    def _noisy_embeddings(self, batch: BatchLike) -> torch.Tensor:
+        """NEFTune (arXiv:2310.05914, alg. 1): uniform noise of size alpha / sqrt(L D), L the row length."""
+        embeddings_BTD = self.inner.get_input_embeddings()(batch.tokens_BT)
+        if batch.borders is None:
+            lengths_BT = torch.tensor(batch.row_lengths, device=embeddings_BTD.device)[:, None].expand(
+                batch.tokens_BT.shape
+            )
+        else:
+            lengths_R = torch.tensor(batch.row_lengths, device=embeddings_BTD.device)
+            lengths_BT = lengths_R.repeat_interleave(lengths_R)[None]
+        size_BT = self.neftune_alpha / (lengths_BT * embeddings_BTD.shape[-1]).sqrt()
+        noise_BTD = torch.empty_like(embeddings_BTD).uniform_(-1, 1)
+        return embeddings_BTD + noise_BTD * size_BT[..., None].to(embeddings_BTD.dtype)
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] in fp32, as the model itself would give them. For short inputs: nothing is chunked here."""
+        raw_NV = torch.nn.functional.linear(hidden_ND, self.head.weight, self.head.bias).float()
+        shaped_NV = raw_NV * self.head_shape.scale
+        cap = self.head_shape.softcap
+        return shaped_NV if cap is None else cap * torch.tanh(shaped_NV / cap)
+
+    @contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The transformers model set up for generation: evaluation mode, its own attention, no compiled layers."""
+        was_training, before = self.hf.training, self.inner.config._attn_implementation
+        self.hf.eval()
+        self.inner.set_attn_implementation("sdpa" if self.inner._supports_sdpa else "eager")
+        stance = "force_eager" if any(layer._compiled_call_impl is not None for layer in self.layers()) else "default"
+        try:
+            with torch.compiler.set_stance(stance):
+                yield self.hf
+        finally:
+            self.inner.set_attn_implementation(before)
+            self.hf.train(was_training)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base model: adapters off. Raises UserError when there are none to switch off."""
+        if self.hf is self.inner:
+            raise UserError(
+                "the base model was asked for beside a fully trained one",
+                expected="adapters, which can be switched off",
+                fix="load the base model from its own path",
+            )
+        with self.hf.disable_adapter():
+            yield
+
+    def layers(self) -> list[torch.nn.Module]:
+        """The decoder layers, found by what transformers marks as checkpointable."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.body.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def head_shape(config: Any) -> HeadShape:
+    """Scale and soft cap of the logits by the names families give them in config.json."""
+    values = config.to_dict()
+    scale = float(values.get("logit_scale") or 1.0)
+    if values.get("logits_scaling"):
+        scale /= float(values["logits_scaling"])
+    return HeadShape(scale=scale, softcap=values.get("final_logit_softcapping"))
+
+
+def check_head(model: LanguageModel) -> None:
+    """Body and head must give the model's own logits; a family with another output shape is refused, not mistrained."""
+    tokens_BT = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
+    with model.sampling(), torch.no_grad():
+        theirs = model.inner(input_ids=tokens_BT, use_cache=False).logits[0].float()
+        ours = model.logits(model.body(input_ids=tokens_BT, use_cache=False).last_hidden_state[0])
+    difference = (theirs - ours).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, theirs.abs().max().item()):
+        raise UserError(
+            f"{type(model.inner).__name__}: logits of body and head differ from the model's own by {difference:.3g}",
+            expected="a family whose logits are a linear head, optionally scaled and soft-capped",
+            fix="use a LLaMA, Mistral, Qwen, Gemma or Phi model, or report this family",
+            where="model.path",
+        )

@@ -1,0 +1,252 @@
+"""Models from disk or hub into memory. The only file that knows how transformers loads; knows no rows and no loops."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.config.run import LoraSection, ModelSection
+from zhibei.model import attention
+from zhibei.model.device import DTYPES, choose_device, choose_precision
+from zhibei.model.language_model import LanguageModel, check_head
+from zhibei.model.locate import Located, locate
+from zhibei.model.lora import add_adapters
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage asks of the model besides the run file's model section."""
+
+    device: torch.device
+    precision: str
+    packing: bool = True
+    longest_row: int = 1024
+    seed: int = 0
+    neftune_alpha: float = 0.0
+
+
+def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> LanguageModel:
+    """The model of a run file, with adapters when its method asks for them; frozen parts do not require gradients.
+
+    Raises UserError for missing or damaged weights, non-finite weights, rows longer than the model's positions,
+    adapter targets that match nothing, and families this package cannot train exactly.
+    """
+    if section.method == "qlora" or section.quantize != "none":
+        raise UserError(
+            f"model.method: {section.method}, quantize: {section.quantize}: quantised bases cannot be trained yet",
+            expected="method full or lora in this version",
+            fix="set model.method: lora and model.quantize: none",
+            where="model.method",
+        )
+    attention.register()
+    found = locate(section.path)
+    name = choose_attention(section.attention, need)
+    hf = load_weights(found, section, need, attention_name=name)
+    if found.adapter is not None:
+        hf = _merged(hf, found.adapter)
+    if section.method == "lora":
+        hf = add_adapters(hf, lora, seed=need.seed)
+    model = LanguageModel(hf, attention_name=name, longest_row=need.longest_row, neftune_alpha=need.neftune_alpha)
+    if need.packing and not model.inner._supports_attention_backend:
+        raise UserError(
+            f"{type(model.inner).__name__} does not let its attention be replaced: packed rows would see one another",
+            expected="a family that supports packing",
+            fix="set data.packing: false",
+            where="data.packing",
+        )
+    if name == attention.VARLEN and (model.config.to_dict().get("attn_logit_softcapping") is not None):
+        model.attention_name = attention.DOCUMENTS
+        model.inner.set_attn_implementation(attention.DOCUMENTS)
+    check_head(model)
+    model.hf.train()
+    return model
+
+
+def load_for_inference(
+    path: str, *, device: str = "auto", precision: str = "auto", base: str | None = None
+) -> LanguageModel:
+    """A run directory, Hugging Face folder, hub id or adapter folder, ready to sample from."""
+    place = choose_device(device)
+    found = locate(path, base=base)
+    need = Need(device=place, precision=choose_precision(precision, place), packing=False)
+    hf = load_weights(found, ModelSection(path=path), need, attention_name="auto")
+    if found.adapter is not None:
+        hf = _with_adapter(hf, found.adapter)
+    model = LanguageModel(hf, attention_name="auto", longest_row=0)
+    model.hf.eval()
+    return model
+
+
+def choose_attention(asked: str, need: Need) -> str:
+    """The transformers name of the attention: packed rows need one that knows their borders."""
+    if not need.packing:
+        if asked in ("varlen", "documents"):
+            raise UserError(
+                f"model.attention: {asked} works on packed rows only",
+                expected="sdpa or eager with data.packing: false",
+                fix="set model.attention: auto, or data.packing: true",
+                where="model.attention",
+            )
+        return asked
+    can_varlen = attention.varlen_is_available(need.device) and need.precision != "fp32"
+    if asked == "varlen" and not can_varlen:
+        raise UserError(
+            f"model.attention: varlen on {need.device.type} in {need.precision}",
+            expected="a CUDA device of compute capability 8.0 or newer, in bf16 or fp16",
+            fix="set model.attention: auto",
+            where="model.attention",
+        )
+    return attention.VARLEN if can_varlen and asked in ("auto", "varlen") else attention.DOCUMENTS
+
+
+def load_weights(found: Located, section: ModelSection, need: Need, *, attention_name: str) -> Any:
+    """The transformers model, complete and finite, on its device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    # Our own checks below say what is wrong with a file or field; the load report and its bars say it less well.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    refuse_pickles(found.weights)
+    try:
+        config = AutoConfig.from_pretrained(found.weights, **options)
+        _apply_rope_scaling(config, section, need)
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            found.weights,
+            config=config,
+            dtype=DTYPES[need.precision],
+            # None: the family's own choice (Gemma 2 has no sdpa); ours are put in after loading.
+            attn_implementation=None if attention_name in (*_OURS, "auto") else attention_name,
+            device_map={"": need.device},
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds; the user needs one message
+        raise _loading_error(found.weights, error) from error
+    if attention_name in _OURS:
+        hf.config._attn_implementation = attention_name
+    _check_complete(found.weights, info)
+    check_finite(hf, found.weights)
+    return hf
+
+
+_OURS = (attention.VARLEN, attention.DOCUMENTS)
+
+
+def refuse_pickles(weights: str) -> None:
+    """A local folder that has only pickled weights is refused: opening a pickle can run any code."""
+    folder = Path(weights)
+    if not folder.is_dir() or list(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+    raise UserError(
+        f"{folder} holds {what}",
+        expected="model.safetensors, or shards with model.safetensors.index.json",
+        fix="convert the weights to safetensors where you trust them; pickles are never opened here"
+        if pickled
+        else "copy or download the weights into this folder",
+        where="model.path",
+    )
+
+
+def _apply_rope_scaling(config: Any, section: ModelSection, need: Need) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    factor = section.rope_scaling_factor
+    if factor is not None:
+        rope = dict(getattr(config, "rope_parameters", None) or {})
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(
+                f"model.rope_scaling_factor: {factor}, but the model already scales positions ({rope['rope_type']})",
+                expected="a model with plain rotary positions",
+                fix="remove model.rope_scaling_factor",
+                where="model.rope_scaling_factor",
+            )
+        config.rope_parameters = {**rope, "rope_type": "linear", "factor": factor}
+        positions = int(positions * factor) if positions else None
+        config.max_position_embeddings = positions
+    if positions is not None and need.longest_row > positions:
+        raise UserError(
+            f"rows of up to {need.longest_row} tokens, but the model knows {positions} positions",
+            expected=f"data.max_tokens of at most {positions}",
+            fix=f"set data.max_tokens: {positions}, or model.rope_scaling_factor: {-(-need.longest_row // positions)}",
+            where="data.max_tokens",
+        )
+
+
+def _check_complete(weights: str, info: dict[str, Any]) -> None:
+    problems = {
+        "missing": sorted(str(key) for key in info.get("missing_keys", ())),
+        "of another shape": sorted(str(key) for key in info.get("mismatched_keys", ())),
+        "that the model has no place for": sorted(str(key) for key in info.get("unexpected_keys", ())),
+    }
+    for kind, names in problems.items():
+        if names:
+            raise UserError(
+                f"{weights}: {len(names)} tensors {kind}, e.g. {names[0]}",
+                expected="weights that fill the model of config.json exactly",
+                fix="check that config.json and the weights belong together and that all shards were copied",
+                where="model.path",
+            )
+
+
+def check_finite(hf: torch.nn.Module, weights: str) -> None:
+    """Every weight must be finite: a single NaN makes every loss NaN, hours later. Raises UserError."""
+    flags = {name: torch.isfinite(parameter).all() for name, parameter in hf.named_parameters()}
+    bad = [name for name, flag in flags.items() if not bool(flag)]
+    if bad:
+        raise UserError(
+            f"{weights}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}",
+            expected="finite weights",
+            fix="get the weights again; if you trained them, go back to an earlier checkpoint (zhibei verify names it)",
+            where="model.path",
+        )
+
+
+def _loading_error(weights: str, error: Exception) -> UserError:
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if "trust_remote_code" in str(error):
+        fix = "set model.trust_remote_code: true if you know and trust the model's authors"
+    elif Path(weights).is_dir():
+        fix = f"zhibei verify {weights} names the damaged or missing file; copy that file again"
+    else:
+        fix = "check the hub id and the network, or download the model and set model.path to its folder"
+    return UserError(
+        f"{weights} cannot be loaded ({text})",
+        expected="a complete causal language model in Hugging Face form",
+        fix=fix,
+        where="model.path",
+    )
+
+
+def _with_adapter(hf: Any, folder: Path) -> Any:
+    import peft
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError("adapter_model.safetensors is not there")
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type {config.get('peft_type')} instead of LORA")
+        return peft.PeftModel.from_pretrained(hf, str(folder), autocast_adapter_dtype=False)
+    except Exception as error:
+        raise UserError(
+            f"the adapter {folder} cannot be put on this base ({type(error).__name__}: {error})",
+            expected="a complete PEFT LoRA folder made for this base model",
+            fix="check that the base is the one it was trained on, and copy the folder again",
+            where="model.path",
+        ) from error
+
+
+def _merged(hf: Any, folder: Path) -> Any:
+    """Training that starts from an adapter run continues on its merged weights."""
+    return _with_adapter(hf, folder).merge_and_unload(safe_merge=True)

@@ -1,0 +1,76 @@
+"""Low-rank adapters through PEFT: add, continue, list. Knows layer names, not rows or loops."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.config.run import LoraSection
+
+
+def add_adapters(hf: Any, section: LoraSection, *, seed: int) -> Any:
+    """The model wrapped in PEFT, its base frozen. `section.adapter` continues from a folder, else fresh adapters.
+
+    Raises UserError for a target that matches no layer: PEFT would train the others and record the name as a target.
+    """
+    import peft
+
+    if section.adapter is not None:
+        return _continue_from(hf, Path(section.adapter))
+    linear = [name for name, module in hf.named_modules() if isinstance(module, torch.nn.Linear)]
+    if isinstance(section.targets, list):
+        _check_names(section.targets, linear, where="lora.targets")
+    _check_names(section.modules_to_save, [name for name, _ in hf.named_modules()], where="lora.modules_to_save")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=section.rank,
+        lora_alpha=section.alpha,  # pyright: ignore[reportArgumentType] (fractions work; the annotation says int)
+        lora_dropout=section.dropout,
+        target_modules=section.targets,
+        use_rslora=section.rslora,
+        use_dora=section.dora,
+        modules_to_save=section.modules_to_save or None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # autocast_adapter_dtype=False: adapters stay in the model's type; their fp32 master copy is the optimiser's.
+        return peft.get_peft_model(hf, config, autocast_adapter_dtype=False)
+
+
+def _continue_from(hf: Any, folder: Path) -> Any:
+    import peft
+
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds no adapter_config.json",
+            expected="a PEFT folder (adapter_config.json and adapter_model.safetensors)",
+            fix="point lora.adapter at the folder that an adapter run wrote, e.g. runs/NAME/model",
+            where="lora.adapter",
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{folder} holds no adapter_model.safetensors",
+            expected="adapter weights as safetensors; pickled .bin files are never opened",
+            fix="convert the adapter to safetensors where you trust it",
+            where="lora.adapter",
+        )
+    return peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=True, autocast_adapter_dtype=False)
+
+
+def _check_names(names: list[str], modules: list[str], *, where: str) -> None:
+    for name in names:
+        if any(module == name or module.endswith("." + name) for module in modules):
+            continue
+        last_parts = sorted({module.rsplit(".", 1)[-1] for module in modules if module} - {"layers"})
+        last_parts = [part for part in last_parts if not part.isdigit()]
+        near = difflib.get_close_matches(name, last_parts, n=1)
+        raise UserError(
+            f"'{name}' matches no layer of this model",
+            expected=f"names among: {', '.join(last_parts)}",
+            fix=f"write '{near[0]}'" if near else "use all-linear, or names from the list",
+            where=where,
+        )
