@@ -1,1 +1,1 @@
-"""Sampling from a model. Knows no training and no server."""
+"""Sampling from a model: used by training's samples, RL, chat, server and evaluation. Knows no stage."""
