@@ -1,0 +1,45 @@
+"""Signals that ask a run to save and stop. Knows nothing of what is saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Set by the first signal; read by the loop between steps. A second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Inside, SIGTERM, SIGINT and SIGUSR1 set the request instead of ending the process (main thread only)."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and request:
+            raise KeyboardInterrupt
+        request.name = signal.Signals(number).name
+
+    try:
+        for each in STOPPING:
+            before[each] = signal.signal(each, ask)
+        yield request
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,130 @@
+"""Optimisers that keep fp32 master weights whatever the model computes in. Knows parameters, not losses.
+
+The arithmetic of the updates is torch's (AdamW, Adafactor) or bitsandbytes' (8-bit AdamW).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.config.run import TrainingSection
+
+# fp32 copies of gradients live only for the parameters updated together: at most so many elements at a time.
+ELEMENTS_PER_UPDATE = 2**28
+
+
+class MasterOptimizer:
+    """Updates fp32 masters and copies them into the model's parameters.
+
+    A parameter that is fp32 already is its own master; nothing is held twice.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> None:
+        self.parameters = dict(parameters)
+        self.masters = {
+            name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        decayed = [master for master in self.masters.values() if master.ndim >= 2]
+        plain = [master for master in self.masters.values() if master.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.inner = OPTIMIZERS[section.optimizer]([group for group in groups if group["params"]], section)
+
+    def step(self, gradients: Mapping[str, torch.Tensor], *, learning_rate: float, scale: torch.Tensor | float) -> None:
+        """One update with gradients (any dtype) times `scale`; parameters without a gradient stay as they are."""
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+        for names in self._parts(gradients):
+            for name in names:
+                self.masters[name].grad = gradients[name].float() * scale
+            self.inner.step()
+            for name in names:
+                master, parameter = self.masters[name], self.parameters[name]
+                master.grad = None
+                if master is not parameter:
+                    parameter.data.copy_(master.data)
+
+    def _parts(self, gradients: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+        part: list[str] = []
+        elements = 0
+        for name in gradients:
+            part.append(name)
+            elements += gradients[name].numel()
+            if elements >= ELEMENTS_PER_UPDATE:
+                yield part
+                part, elements = [], 0
+        if part:
+            yield part
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All state as named tensors: masters that are not the parameters themselves, and the moments."""
+        found: dict[str, torch.Tensor] = {}
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                found[f"{name}::master"] = master.data
+            for key, value in self.inner.state.get(master, {}).items():
+                if isinstance(value, torch.Tensor):
+                    found[f"{name}::{key}"] = value
+                elif isinstance(value, (int, float)):
+                    found[f"{name}::{key}"] = torch.tensor(value, dtype=torch.float64)
+        return found
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put `tensors()` of an earlier run back. Raises UserError when they belong to other parameters."""
+        unknown = {key.rsplit("::", 1)[0] for key in tensors} - set(self.masters)
+        if unknown:
+            raise UserError(
+                f"the checkpoint's optimiser state is for other parameters, e.g. {sorted(unknown)[0]}",
+                expected="a checkpoint of the same model and method",
+                fix="resume with the run file the run was started with",
+            )
+        plain_numbers = type(self.inner).__module__.startswith("bitsandbytes")
+        for key in tensors:
+            name, entry = key.rsplit("::", 1)
+            master, value = self.masters[name], tensors[key]
+            if entry == "master":
+                master.data.copy_(value)
+            elif value.ndim == 0 and plain_numbers:
+                self.inner.state[master][entry] = int(value)
+            else:
+                # Adam's step counter stays where torch keeps it: on the host unless the kernel is fused.
+                fused = any(group.get("fused") for group in self.inner.param_groups)
+                place = master.device if value.ndim or fused else torch.device("cpu")
+                self.inner.state[master][entry] = value.to(place)
+
+
+def _adamw(groups: list[dict[str, Any]], section: TrainingSection) -> torch.optim.Optimizer:
+    on_gpu = groups[0]["params"][0].device.type == "cuda"
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=(section.beta1, section.beta2), eps=section.epsilon, fused=on_gpu or None
+    )
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], section: TrainingSection) -> torch.optim.Optimizer:
+    """Block-wise 8-bit states (arXiv:2110.02861); needs bitsandbytes."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "sft.optimizer: adamw_8bit, but bitsandbytes is not installed",
+            expected="the package bitsandbytes",
+            fix="pip install 'zhibei[bnb]', or set sft.optimizer: adamw",
+            where="sft.optimizer",
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(groups, lr=0.0, betas=(section.beta1, section.beta2), eps=section.epsilon)
+
+
+def _adafactor(groups: list[dict[str, Any]], section: TrainingSection) -> torch.optim.Optimizer:
+    """Factored second moments (arXiv:1804.04235), with the rate of the schedule instead of its own."""
+    return torch.optim.Adafactor(groups, lr=0.0)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainingSection], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "adafactor": _adafactor,
+}

@@ -1,0 +1,170 @@
+"""One optimiser step: count, forward, backward, divide once, clip, update. Knows batches and losses, not files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zhibei.config.errors import RunStopped, UserError
+from zhibei.data.batches import Batch
+from zhibei.model.language_model import LanguageModel
+from zhibei.train.optimizer import MasterOptimizer
+
+LossSum = Callable[[LanguageModel, Batch], torch.Tensor]
+FIRST_SCALE = 2.0**16
+GROW_AFTER_STEPS = 1000
+SMALLEST_SCALE = 2.0**-4
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did. `loss` is the mean per learned token of the whole step, in nats."""
+
+    loss: float
+    grad_norm: float
+    num_units: int
+    num_tokens: int
+    num_micro_batches: int
+    was_skipped: bool = False
+
+
+class NonFiniteStep(RunStopped):
+    """Loss or gradients of a step are NaN or infinite; nothing was updated. `row_numbers` are the step's rows."""
+
+    def __init__(self, what: str, row_numbers: list[int]) -> None:
+        super().__init__(
+            what,
+            expected="finite loss and gradients",
+            fix="lower the learning rate or raise warm-up; with fp16 use bf16 or fp32; look at the named rows with "
+            "zhibei data show; the last checkpoint can be resumed",
+        )
+        self.row_numbers = row_numbers
+
+
+class LossScale:
+    """Dynamic loss scale for fp16 (arXiv:1710.03740): halved when gradients overflow, doubled after many good steps."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.value = FIRST_SCALE if enabled else 1.0
+        self.enabled = enabled
+        self.good_steps = 0
+
+    def overflowed(self) -> bool:
+        """Halve. False when the scale is so small already that overflow is not the cause."""
+        if not self.enabled or self.value <= SMALLEST_SCALE:
+            return False
+        self.value, self.good_steps = self.value / 2, 0
+        return True
+
+    def went_well(self) -> None:
+        self.good_steps += 1
+        if self.enabled and self.good_steps % GROW_AFTER_STEPS == 0:
+            self.value *= 2
+
+
+class Stepper:
+    """Holds the model, the optimiser and the loss scale between steps.
+
+    The step's loss is one mean over all units (learned tokens) of the step, however they are cut into micro-batches:
+    losses return sums, and the division happens here, once, before backward.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: MasterOptimizer,
+        loss_sum: LossSum,
+        *,
+        max_grad_norm: float,
+    ) -> None:
+        self.model, self.optimizer, self.loss_sum = model, optimizer, loss_sum
+        self.max_grad_norm = max_grad_norm
+        self.scale = LossScale(enabled=model.dtype == torch.float16)
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def step(self, micro_batches: Sequence[Batch], *, learning_rate: float) -> StepRecord:
+        """Forward and backward of every micro-batch, then one update.
+
+        Raises NonFiniteStep before anything is updated when loss or gradients are not finite, and UserError when
+        the step has nothing to learn.
+        """
+        num_units = sum(batch.num_units for batch in micro_batches)
+        if num_units == 0:
+            raise UserError(
+                "no token of a whole optimiser step is learned",
+                expected="at least one supervised token per step",
+                fix="look at the mask with: zhibei data show",
+                where="data.supervise",
+            )
+        total = torch.zeros((), device=self.model.device)
+        for batch in micro_batches:
+            batch_sum = self.loss_sum(self.model, batch.to(self.model.device))
+            (batch_sum * (self.scale.value / num_units)).backward()
+            total += batch_sum.detach()
+            if len(micro_batches) > 1:
+                self._collect()
+        gradients = self._gradients(len(micro_batches) > 1)
+        norm = global_norm(gradients) / self.scale.value
+        # The one wait for the device in a step: a bad step must be seen before it is applied.
+        loss, grad_norm = (torch.stack([total / num_units, norm])).tolist()
+        record = StepRecord(
+            loss=loss,
+            grad_norm=grad_norm,
+            num_units=num_units,
+            num_tokens=sum(batch.num_tokens for batch in micro_batches),
+            num_micro_batches=len(micro_batches),
+        )
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return self._bad_step(record, micro_batches)
+        clip = min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) if self.max_grad_norm else 1.0
+        self.optimizer.step(gradients, learning_rate=learning_rate, scale=clip / self.scale.value)
+        self._forget_gradients()
+        self.scale.went_well()
+        return record
+
+    def _collect(self) -> None:
+        """Add this micro-batch's gradients in fp32: bf16 sums over many micro-batches lose the small ones."""
+        for name, parameter in self.optimizer.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self._sums:
+                self._sums[name].add_(parameter.grad)
+            else:
+                self._sums[name] = parameter.grad.float() if parameter.dtype != torch.float32 else parameter.grad
+            parameter.grad = None
+
+    def _gradients(self, collected: bool) -> dict[str, torch.Tensor]:
+        if collected:
+            return self._sums
+        return {name: p.grad for name, p in self.optimizer.parameters.items() if p.grad is not None}
+
+    def _forget_gradients(self) -> None:
+        self._sums = {}
+        for parameter in self.optimizer.parameters.values():
+            parameter.grad = None
+
+    def _bad_step(self, record: StepRecord, micro_batches: Sequence[Batch]) -> StepRecord:
+        self._forget_gradients()
+        if math.isfinite(record.loss) and self.scale.overflowed():
+            return StepRecord(**{**vars(record), "was_skipped": True})
+        rows = sorted({number for batch in micro_batches for number in batch.row_numbers})
+        what = "loss" if not math.isfinite(record.loss) else "gradient norm"
+        raise NonFiniteStep(f"the {what} is {record.loss if what == 'loss' else record.grad_norm}", rows)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that a checkpoint needs besides tensors."""
+        return {"loss_scale": self.scale.value, "loss_scale_good_steps": self.scale.good_steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.scale.value = float(state["loss_scale"])
+        self.scale.good_steps = int(state["loss_scale_good_steps"])
+
+
+def global_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm over all gradients together, summed in fp32 whatever their dtype."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients.values()]
+    return torch.linalg.vector_norm(torch.stack(norms))
