@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 DONE = 0
 OUR_FAULT = 1
 USER_MUST_ACT = 2
@@ -25,7 +28,7 @@ class UserError(Exception):
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.what}\n  expected: {self.expected}\n  to do:    {self.fix}"
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """The same four facts for `--json`."""
         return {"what": self.what, "expected": self.expected, "fix": self.fix, "where": self.where}
 
@@ -40,3 +43,17 @@ class RunInterrupted(UserError):
     """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved its state first."""
 
     exit_code = INTERRUPTED_AND_SAVED
+
+
+class SeveralErrors(UserError):
+    """All faults of one input, reported together so that one reading mends them all."""
+
+    def __init__(self, errors: Sequence[UserError], *, what: str, where: str = "") -> None:
+        super().__init__(what, expected="none of them", fix="see each", where=where)
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(str(error) for error in self.errors)])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "errors": [error.as_dict() for error in self.errors]}

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from zhibei.config.effects import PartsDoNotFit, misfits_of
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -108,7 +110,7 @@ class DataSection(Section):
     special_tokens_in_text: Literal["drop", "stop", "keep"] = "drop"
     """Rows whose text spells a special token such as </s>, which the tokenizer would read as the real one."""
     validation: Fraction | Annotated[int, Field(ge=2)] | str = 0.02
-    """Held-out rows: a fraction, a number of rows, or a file. The split is by content hash, so equal rows stay together."""
+    """Held-out rows: a fraction, a number of rows, or a file. Split by content hash, so equal rows stay together."""
     packing: bool = True
     """Rows share a micro-batch without padding and without seeing one another. Off: padded to the longest."""
     group_by_length: bool = False
@@ -215,15 +217,6 @@ class RunFile(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunFile:
-        if self.data.packing and self.data.group_by_length:
-            raise ValueError("data.group_by_length has no effect with data.packing: true; set one of them to false")
-        if self.data.packing and self.model.attention in ("sdpa", "eager"):
-            raise ValueError(
-                f"model.attention: {self.model.attention} cannot keep packed rows apart; "
-                "set data.packing: false, or model.attention: auto"
-            )
-        if self.model.method == "full" and self.model.quantize != "none":
-            raise ValueError("model.quantize holds a frozen base; with model.method: full there is none. Use qlora")
-        if "lora" in self.model_fields_set and self.model.method == "full":
-            raise ValueError("section lora has no effect with model.method: full; remove it, or set model.method: lora")
+        if misfits := misfits_of(self):
+            raise PartsDoNotFit(misfits)
         return self

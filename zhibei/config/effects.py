@@ -1,0 +1,226 @@
+"""Settings that have no effect beside others, and settings that contradict one another. Knows values, not files.
+
+One rule per entry of RULES; each has a broken and a healthy case in tests/config/test_effects.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from zhibei.config.yaml_tree import KeyPath
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from zhibei.config.run import RunFile
+
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`find` gives the fields that `cause` leaves without effect (or contradicts); `why` and `fix` say so."""
+
+    find: Callable[[RunFile], list[KeyPath]]
+    cause: KeyPath
+    why: str
+    fix: str
+    is_conflict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """One field that a rule objects to."""
+
+    field: KeyPath
+    rule: Rule
+
+
+class PartsDoNotFit(ValueError):
+    """Each field is fine by itself; together they are not. Carries every misfit at once."""
+
+    def __init__(self, misfits: Iterable[Misfit]) -> None:
+        self.misfits = tuple(misfits)
+        super().__init__("; ".join(f"{_dotted(m.field)}: {m.rule.why} ({m.rule.fix})" for m in self.misfits))
+
+
+def misfits_of(run: RunFile) -> list[Misfit]:
+    """Conflicts, and fields that were set although they have no effect."""
+    return [
+        Misfit(field, rule) for rule in RULES for field in rule.find(run) if rule.is_conflict or _is_set(run, field)
+    ]
+
+
+def fields_without_effect(run: RunFile) -> dict[KeyPath, str]:
+    """Every field that does nothing in this run, set or not, with the reason."""
+    return {field: rule.why for rule in RULES if not rule.is_conflict for field in rule.find(run)}
+
+
+def _when(applies: Callable[[RunFile], bool], *fields: str) -> Callable[[RunFile], list[KeyPath]]:
+    paths: list[KeyPath] = [tuple(field.split(".")) for field in fields]
+    return lambda run: paths if applies(run) else []
+
+
+def _no_effect(applies: Callable[[RunFile], bool], fields: str, cause: str, why: str, fix: str) -> Rule:
+    return Rule(_when(applies, *fields.split()), tuple(cause.split(".")), why, fix)
+
+
+def _conflict(applies: Callable[[RunFile], bool], field: str, cause: str, why: str, fix: str) -> Rule:
+    return Rule(_when(applies, field), tuple(cause.split(".")), why, fix, is_conflict=True)
+
+
+def _hub_fields_of_files(run: RunFile) -> list[KeyPath]:
+    return [
+        ("data", "sources", index, field)
+        for index, source in enumerate(run.data.sources)
+        if not isinstance(source, str) and source.path.endswith(FILE_SUFFIXES)
+        for field in ("split", "subset")
+    ]
+
+
+def _has_no_heldout(run: RunFile) -> bool:
+    return not isinstance(run.data.validation, str) and run.data.validation == 0
+
+
+LORA_FIELDS = "lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save lora.adapter"
+
+RULES: list[Rule] = [
+    _no_effect(
+        lambda run: run.model.method == "full",
+        LORA_FIELDS,
+        "model.method",
+        "with model.method: full there are no adapters",
+        "remove section lora, or set model.method: lora",
+    ),
+    _no_effect(
+        lambda run: run.lora.adapter is not None,
+        "lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save",
+        "lora.adapter",
+        "lora.adapter brings its own",
+        "remove it, or remove lora.adapter",
+    ),
+    _no_effect(
+        lambda run: run.sft.max_steps is not None,
+        "sft.epochs",
+        "sft.max_steps",
+        "sft.max_steps decides how long the run is",
+        "remove sft.epochs or sft.max_steps",
+    ),
+    _no_effect(
+        lambda run: run.sft.warmup_steps is not None,
+        "sft.warmup_ratio",
+        "sft.warmup_steps",
+        "sft.warmup_steps wins",
+        "remove sft.warmup_ratio, or set sft.warmup_steps: null",
+    ),
+    _no_effect(
+        lambda run: run.sft.schedule != "wsd",
+        "sft.decay_ratio",
+        "sft.schedule",
+        "only sft.schedule: wsd has a final decay",
+        "remove sft.decay_ratio, or set sft.schedule: wsd",
+    ),
+    _no_effect(
+        lambda run: run.sft.schedule == "constant",
+        "sft.min_lr_ratio",
+        "sft.schedule",
+        "with sft.schedule: constant the rate never falls",
+        "remove sft.min_lr_ratio, or choose another schedule",
+    ),
+    _no_effect(
+        lambda run: run.sft.sample_tokens == 0,
+        "sft.sample_prompts",
+        "sft.sample_tokens",
+        "with sft.sample_tokens: 0 nothing is sampled",
+        "remove sft.sample_prompts, or set sft.sample_tokens above 0",
+    ),
+    _no_effect(
+        _has_no_heldout,
+        "sft.evaluate_every sft.evaluate_rows sft.early_stop_patience sft.keep_best",
+        "data.validation",
+        "with data.validation: 0 there are no held-out rows to evaluate",
+        "remove it, or set data.validation, for example 0.02",
+    ),
+    _no_effect(
+        lambda run: run.sft.evaluate_every == 0,
+        "sft.early_stop_patience",
+        "sft.evaluate_every",
+        "with sft.evaluate_every: 0 the only evaluation is at the end",
+        "remove sft.early_stop_patience, or set sft.evaluate_every above 0",
+    ),
+    _no_effect(
+        lambda run: run.data.packing and run.data.group_by_length,
+        "data.group_by_length",
+        "data.packing",
+        "packed rows have no padding to save",
+        "remove data.group_by_length, or set data.packing: false",
+    ),
+    Rule(
+        _hub_fields_of_files,
+        ("data", "sources"),
+        "only hub data sets have splits and subsets, and this path is a file",
+        "remove it",
+    ),
+    _conflict(
+        lambda run: run.data.packing and run.model.attention in ("sdpa", "eager"),
+        "model.attention",
+        "data.packing",
+        "sdpa and eager cannot keep packed rows apart",
+        "set model.attention: auto, or data.packing: false",
+    ),
+    _conflict(
+        lambda run: run.model.method == "full" and run.model.quantize != "none",
+        "model.quantize",
+        "model.method",
+        "model.quantize holds a frozen base, and with model.method: full there is none",
+        "set model.method: qlora, or remove model.quantize",
+    ),
+    _conflict(
+        lambda run: (
+            run.model.method == "qlora" and run.model.quantize == "none" and "quantize" in run.model.model_fields_set
+        ),
+        "model.quantize",
+        "model.method",
+        "model.method: qlora needs a quantised base",
+        "remove model.quantize (nf4 is then used), or set model.method: lora",
+    ),
+    _conflict(
+        lambda run: run.device == "cpu" and run.model.attention == "varlen",
+        "model.attention",
+        "device",
+        "the varlen kernel needs CUDA",
+        "set model.attention: auto",
+    ),
+    _conflict(
+        lambda run: run.data.validation == 1 and not isinstance(run.data.validation, str),
+        "data.validation",
+        "data.validation",
+        "1 is a share here and would hold out every row",
+        "write a fraction such as 0.02, or a number of rows from 2 up",
+    ),
+    _conflict(
+        lambda run: run.name in (".", "..") or any(sign in run.name for sign in "/\\\0") or not run.name.strip(),
+        "name",
+        "name",
+        "the name becomes one folder inside of runs",
+        "use letters, digits, - and _; put folders into runs: path/to/folder",
+    ),
+]
+
+
+def _is_set(run: RunFile, field: KeyPath) -> bool:
+    owner: BaseModel = run
+    for part in field[:-1]:
+        if isinstance(part, str):
+            if part not in owner.model_fields_set:
+                return False
+            owner = getattr(owner, part)
+        else:
+            owner = owner[part]  # type: ignore[index]
+    return field[-1] in owner.model_fields_set
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(str(part) for part in path)

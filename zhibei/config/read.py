@@ -1,0 +1,185 @@
+"""A path or recipe and `section.field=value` settings -> a checked run file. Knows files and names, no stage.
+
+Layers, the later winning: defaults, recipe, file, command line. All faults of a run file are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from zhibei.config.effects import Misfit, PartsDoNotFit
+from zhibei.config.errors import SeveralErrors, UserError
+from zhibei.config.faults import faults_of, show_value
+from zhibei.config.layers import Layer, Merged, command_line_layer, dotted
+from zhibei.config.resolve import DEFAULT, PLANNED, ResolvedRun, plan_values, with_planned
+from zhibei.config.run import RunFile
+from zhibei.config.words import field_at, is_section, leaf_fields
+from zhibei.config.yaml_tree import KeyPath, Tree, near_files, parse, read_text
+
+RECIPE_RANK, FILE_RANK, COMMAND_LINE_RANK = 1, 2, 3
+FILES_OF_A_RUN = ("resolved.yaml", "run.yaml")
+
+
+def read_run(path_or_recipe: str | Path, overrides: Sequence[str] = ()) -> ResolvedRun:
+    """Read a run file, or start from a shipped recipe, and lay `overrides` over it.
+
+    `path_or_recipe` is a YAML file, a run directory (its resolved.yaml is read) or the name of a recipe.
+    Raises UserError with file, line and column (SeveralErrors when there are several faults).
+    """
+    given = str(path_or_recipe)
+    if given in recipe_names():
+        layers, name, text = [_recipe_layer(given)], given, recipe_text(given)
+    else:
+        path = _run_file(Path(given))
+        text = read_text(path)
+        layers, name = (
+            _file_layers(text, str(path)),
+            path.stem if path.name not in FILES_OF_A_RUN else path.resolve().parent.name,
+        )
+    if overrides:
+        layers.append(command_line_layer(overrides, rank=COMMAND_LINE_RANK))
+    merged = Merged()
+    for layer in layers:
+        _open_empty_sections(layer.tree)
+        merged.add(layer)
+    has_name = "name" in merged.values
+    merged.values.setdefault("name", name)
+    run, notes = _checked(merged)
+    origins = {key: _origin(key, merged) for key, _ in leaf_fields()}
+    if not has_name:
+        origins["name"] = PLANNED
+    return with_planned(ResolvedRun(run, origins, text, tuple(notes)), plan_values(run))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    folder = resources.files("zhibei") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The text of a shipped recipe, comments included. Raises UserError for an unknown name, with the nearest one."""
+    if name not in recipe_names():
+        near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
+        raise UserError(
+            f"there is no recipe {name!r}",
+            expected=f"one of {', '.join(recipe_names())}",
+            fix=f"did you mean {near[0]}?" if near else "choose one of them, or remove the key recipe",
+        )
+    return (resources.files("zhibei") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _run_file(path: Path) -> Path:
+    if path.is_dir():
+        return next((path / name for name in FILES_OF_A_RUN if (path / name).is_file()), path)
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    names = recipe_names()
+    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
+    hint = f"did you mean the recipe {near[0]}?" if near else near_files(path)
+    raise UserError(
+        "no such file or recipe",
+        expected=f"a YAML run file, a run directory, or a recipe ({', '.join(names)})",
+        fix=hint or "check the name",
+        where=str(path),
+    )
+
+
+def _recipe_layer(name: str) -> Layer:
+    source = f"recipe {name}"
+    return Layer(RECIPE_RANK, source, parse(recipe_text(name), source=source))
+
+
+def _file_layers(text: str, source: str) -> list[Layer]:
+    tree = parse(text, source=source)
+    layer = Layer(FILE_RANK, source, tree)
+    if tree.value is None:
+        raise UserError(
+            "this file is empty",
+            expected="a run file",
+            fix="begin with  model: {path: ...}  and  data: {sources: [...]}, or  recipe: alpaca-7b",
+            where=f"{source}:1:1",
+        )
+    if not isinstance(tree.value, dict):
+        raise UserError(
+            f"the run file is {show_value(tree.value)}",
+            expected="a mapping of sections: model, data, sft, ...",
+            fix="write  section:  and indent its fields below it",
+            where=layer.where(()),
+        )
+    recipe = tree.value.pop("recipe", None)
+    if recipe is None:
+        return [layer]
+    try:
+        return [_recipe_layer(str(recipe)), layer]
+    except UserError as error:
+        raise UserError(error.what, expected=error.expected, fix=error.fix, where=layer.where(("recipe",))) from None
+
+
+def _open_empty_sections(tree: Tree) -> None:
+    """`sft:` with nothing below it (all commented out) is an empty section, not a null."""
+    for name, value in tree.value.items():
+        wanted = field_at((name,))
+        if value is None and wanted and is_section(wanted[0]):
+            tree.value[name] = {}
+
+
+def _checked(merged: Merged) -> tuple[RunFile, list[str]]:
+    """Validate; a setting that a higher layer made idle gives way, with a note; every other misfit is a fault."""
+    notes: list[str] = []
+    while True:
+        try:
+            return RunFile.model_validate(merged.values, strict=True), notes
+        except ValidationError as error:
+            faults = faults_of(error, merged)
+            misfits = _misfits(error)
+            gives_way = [misfit for misfit in misfits if _gives_way(misfit, merged)]
+            faults += [_misfit_fault(misfit, merged) for misfit in misfits if misfit not in gives_way]
+            if faults:
+                raise _together(faults) from None
+            for field in {misfit.field: misfit for misfit in gives_way}.values():
+                layer = merged.setter(field.field)
+                origin = layer.origin(field.field) if layer else DEFAULT
+                notes.append(f"{dotted(field.field)} ({origin}) has no effect any more: {field.rule.why}")
+                merged.remove(field.field)
+
+
+def _misfits(error: ValidationError) -> list[Misfit]:
+    causes = [detail.get("ctx", {}).get("error") for detail in error.errors()]
+    return [misfit for cause in causes if isinstance(cause, PartsDoNotFit) for misfit in cause.misfits]
+
+
+def _gives_way(misfit: Misfit, merged: Merged) -> bool:
+    if misfit.rule.is_conflict:
+        return False
+    setter, cause = merged.setter(misfit.field), merged.setter(misfit.rule.cause)
+    return (setter.rank if setter else 0) < (cause.rank if cause else 0)
+
+
+def _misfit_fault(misfit: Misfit, merged: Merged) -> UserError:
+    path = misfit.field
+    layer = merged.setter(path) or merged.setter(misfit.rule.cause)
+    words = "does not fit" if misfit.rule.is_conflict else "has no effect"
+    return UserError(
+        f"{dotted(path)} {words}: {misfit.rule.why}",
+        expected="settings that fit together and each do something",
+        fix=misfit.rule.fix,
+        where=layer.where(path, at_key=True) if layer else "run file",
+    )
+
+
+def _together(faults: list[UserError]) -> UserError:
+    if len(faults) == 1:
+        return faults[0]
+    return SeveralErrors(faults, what=f"{len(faults)} faults in the run file")
+
+
+def _origin(key: str, merged: Merged) -> str:
+    path: KeyPath = tuple(key.split("."))
+    layer = merged.setter(path) if path in merged.setters else None
+    return layer.origin(path) if layer else DEFAULT

@@ -1,0 +1,144 @@
+"""The effective run file: planned values filled in, every value with its origin, written and read back.
+
+Knows what the run file alone decides; not the data, the model or the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zhibei.config.effects import fields_without_effect
+from zhibei.config.run import RunFile
+from zhibei.config.words import leaf_fields
+
+DEFAULT = "default"
+PLANNED = "planned"
+EVALUATIONS_PER_RUN = 10
+FULL_LEARNING_RATE = 2e-5  # Stanford Alpaca's README, LLaMA-7B, batch 128
+ADAPTER_LEARNING_RATE = 2e-4  # the QLoRA paper's choice for 7B and 13B (arXiv:2305.14314, table 9)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRun:
+    """A run file ready to use.
+
+    `origins` maps each field (`sft.learning_rate`) to `default`, `recipe NAME`, `FILE:LINE`, `command line` or
+    `planned`. `text` is the file as it was given (a recipe's text when there was no file). `notes` says which
+    settings of a lower layer lost their effect through a higher one.
+    """
+
+    run: RunFile
+    origins: dict[str, str]
+    text: str
+    notes: tuple[str, ...] = ()
+
+
+def plan_values(run: RunFile) -> dict[str, Any]:
+    """Values that follow from the run file alone, for fields that were left open."""
+    planned: dict[str, Any] = {}
+    if run.sft.learning_rate is None:
+        planned["sft.learning_rate"] = FULL_LEARNING_RATE if run.model.method == "full" else ADAPTER_LEARNING_RATE
+    if run.model.method == "qlora" and run.model.quantize == "none":
+        planned["model.quantize"] = "nf4"
+    if run.sft.max_steps is not None:
+        planned |= plan_intervals(run, num_steps=run.sft.max_steps)
+    return planned
+
+
+def plan_intervals(run: RunFile, *, num_steps: int) -> dict[str, int]:
+    """Steps between evaluations and between checkpoints, where the run file leaves them open."""
+    has_heldout = run.data.validation != 0
+    evaluate_every = run.sft.evaluate_every
+    planned: dict[str, int] = {}
+    if evaluate_every is None:
+        evaluate_every = max(1, num_steps // EVALUATIONS_PER_RUN)
+        if has_heldout:
+            planned["sft.evaluate_every"] = evaluate_every
+    if run.sft.save_every is None:
+        planned["sft.save_every"] = evaluate_every
+    return planned
+
+
+def with_planned(resolved: ResolvedRun, planned: Mapping[str, Any]) -> ResolvedRun:
+    """The same run with values a later stage decided, e.g. `{"sft.save_every": 40}`; their origin becomes `planned`."""
+    run = resolved.run
+    for key, value in planned.items():
+        run = _replaced(run, key.split("."), value)
+    return replace(resolved, run=run, origins={**resolved.origins, **dict.fromkeys(planned, PLANNED)})
+
+
+def _replaced(section: Any, path: list[str], value: Any) -> Any:
+    head, *rest = path
+    inner = _replaced(getattr(section, head), rest, value) if rest else value
+    return section.model_copy(update={head: inner})
+
+
+def value_of(run: RunFile, key: str) -> Any:
+    """The value of `sft.learning_rate` as a plain JSON value."""
+    value: Any = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if hasattr(value, "model_dump"):
+        return value.model_dump(exclude_unset=True)
+    return value
+
+
+def render_resolved(resolved: ResolvedRun) -> str:
+    """A YAML run file with every value and, as a comment, its origin. Fields without effect are comments themselves."""
+    idle = {".".join(str(part) for part in path): why for path, why in fields_without_effect(resolved.run).items()}
+    lines = [
+        "# The effective run file. The comment behind a value is its origin.",
+        *(f"# note: {n}" for n in resolved.notes),
+    ]
+    section = ""
+    for key, _ in sorted(leaf_fields(), key=lambda item: "." in item[0]):
+        parent, _, name = key.rpartition(".")
+        indent = "  " if parent else ""
+        active = key not in idle
+        if parent and parent != section:
+            has_active = any(k.startswith(parent + ".") and k not in idle for k, _ in leaf_fields())
+            lines.append(f"\n{parent}:" if has_active else f"\n# {parent}: nothing here has an effect")
+            section = parent
+        text = f"{indent}{name}: {yaml_value(value_of(resolved.run, key))}"
+        lines.append(
+            f"{text}  # {resolved.origins.get(key, DEFAULT)}" if active else f"{indent}# {name}: no effect; {idle[key]}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_resolved(resolved: ResolvedRun, path: str | Path) -> None:
+    """Write `render_resolved` to `path`; the file reads back to the same run file."""
+    Path(path).write_text(render_resolved(resolved), encoding="utf-8")
+
+
+def yaml_value(value: Any) -> str:
+    """One value on one line, in the YAML that `config/yaml_tree.py` reads back to the same value."""
+    if value is None or isinstance(value, (bool, int)):
+        return json.dumps(value)
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(yaml_value(item) for item in value) + "]"
+    return "{" + ", ".join(f"{_text(key)}: {yaml_value(item)}" for key, item in value.items()) + "}"
+
+
+def _text(value: str) -> str:
+    """Bare where that is plainly safe, else a JSON string, which YAML reads alike."""
+    is_plain = (
+        value and all(sign.isalnum() or sign in "-_./" for sign in value) and value.isascii() and value[0].isalpha()
+    )
+    if is_plain and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off", "y", "n"):
+        return value
+    return json.dumps(value, ensure_ascii=True)
