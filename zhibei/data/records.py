@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from zhibei.config.errors import UserError
 from zhibei.text.messages import Message
+
+REPAIR = "repair the record, or leave it out with on_error: drop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,39 @@ class Prompt:
     origin: Origin
     reference: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRecord:
+    """A record that cannot be learned from: which field is wrong, what came, what was expected, what to do.
+
+    It is one entry of the ledger when the user chose `on_error: drop`, and a UserError otherwise.
+    """
+
+    origin: Origin
+    field: str
+    what: str
+    expected: str
+    fix: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.origin}, field '{self.field}'" if self.field else str(self.origin)
+
+    def as_error(self, more: str = "") -> UserError:
+        """The same facts as an error; `more` is said after what came (how many others there are)."""
+        return UserError(self.what + more, expected=self.expected, fix=self.fix, where=self.where)
+
+
+class Fault(Exception):
+    """Raised inside the readers when a record is broken; becomes a BrokenRecord once its place is known."""
+
+    def __init__(self, field: str, what: str, *, expected: str, fix: str = REPAIR) -> None:
+        super().__init__(what)
+        self.field, self.what, self.expected, self.fix = field, what, expected, fix
+
+    def at(self, origin: Origin) -> BrokenRecord:
+        return BrokenRecord(origin, self.field, self.what, self.expected, self.fix)
 
 
 Record = Conversation | PlainText | Preference | Judged | Prompt

@@ -1,0 +1,344 @@
+"""JSON and JSONL files as rows with exact line numbers. Knows no field names and no formats.
+
+The file's content decides how it is read, not its suffix: a list saved as .jsonl and lines saved as .json both work.
+JSONL is streamed; a JSON list is held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from zhibei.config.errors import UserError
+from zhibei.data.records import BrokenRecord, Fault, Origin
+
+HOLDERS = ("data", "rows", "instances", "train", "examples", "records", "samples", "items", "questions")
+"""Keys under which an object usually holds the list of its records, likeliest first."""
+
+WHITESPACE = re.compile(r"[ \t\n\r]*")
+SPEAKERS = {"from", "role"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record as the file holds it. `index` counts from 0, `line` from 1 (None where files have no lines)."""
+
+    index: int
+    line: int | None
+    value: Any
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file and how it holds them, e.g. `a JSON list under "rows"`."""
+
+    container: str
+    rows: Iterator[Row | BrokenRecord]
+
+
+def excerpt(value: Any, limit: int = 60) -> str:
+    """A value as an error message shows it: on one line, at most `limit` characters of it."""
+    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked when its name ends in .gz."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def byte_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file without its byte order mark; a damaged .gz is the user's to repair."""
+    try:
+        with open_bytes(path) as file:
+            for number, line in enumerate(file):
+                yield check_mark(line, path) if number == 0 else line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"the compressed file cannot be unpacked ({error})",
+            expected="a complete .gz file",
+            fix="copy or download the file again; `gzip -t` checks it",
+            where=str(path),
+        ) from None
+
+
+def check_mark(head: bytes, path: Path) -> bytes:
+    """Strips a UTF-8 byte order mark; refuses UTF-16, which every editor can save differently."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(
+            "the file is UTF-16",
+            expected="UTF-8",
+            fix=f"iconv -f UTF-16 -t UTF-8 {path} > new-file",
+            where=str(path),
+        )
+    return head.removeprefix(b"\xef\xbb\xbf")
+
+
+def decode(line: bytes, *, offset: int) -> str:
+    """UTF-8 to text; raises Fault with the byte's place in the file (`offset` is where `line` starts)."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place, bad = error.start, line[error.start : error.start + 4]
+    other = ""
+    for encoding in ("gb18030", "cp1252"):
+        try:
+            line.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        other = f" (as {encoding.upper()} the line is readable)"
+        break
+    raise Fault(
+        "",
+        f"byte {offset + place} ({bad[:1].hex()}) is not UTF-8{other}",
+        expected="UTF-8",
+        fix="convert the file, e.g. iconv -f GB18030 -t UTF-8; or on_error: drop",
+    )
+
+
+def json_fault(error: ValueError, text: str) -> Fault:
+    """What is wrong with a piece of invalid JSON, and how to put it right."""
+    if not isinstance(error, json.JSONDecodeError):
+        return Fault("", str(error), expected="a JSON number, string or null", fix="write null or leave the field out")
+    near = excerpt(text[max(0, error.pos - 25) : error.pos + 25])
+    said = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
+    what = f"invalid JSON: {said} at column {error.colno} (near {near})"
+    fix = "write the record with json.dumps"
+    if re.match(r"\s*[\[{]\s*'", text) or text[error.pos : error.pos + 1] == "'":
+        what, fix = f"single quotes where JSON has double quotes (near {near})", "write it with json.dumps, not str()"
+    elif "escape" in error.msg:
+        fix = r"a backslash in JSON text is written \\ (valid escapes: \n \t \" \\ \/ \b \f \r \uXXXX)"
+    elif "control character" in error.msg:
+        fix = r"write line breaks and tabs inside of strings as \n and \t"
+    elif "Extra data" in error.msg:
+        fix = "one record per line"
+    elif not text[error.pos :].strip() or error.msg.startswith("Unterminated"):
+        what = f"the record ends in the middle ({what})"
+        fix = "was the file cut off while it was written or copied? Get it again, or on_error: drop"
+    return Fault("", what, expected="one complete JSON value", fix=fix)
+
+
+def read_lines(path: Path, source: str) -> Iterator[Row | BrokenRecord]:
+    """One record per line, streamed. Blank lines are no records."""
+    offset = index = 0
+    for line_number, line in enumerate(byte_lines(path), start=1):
+        start, offset = offset, offset + len(line)
+        if not line.strip():
+            continue
+        origin = Origin(source, index, line_number)
+        index += 1
+        text = ""
+        try:
+            text = decode(line, offset=start).strip()
+            yield Row(origin.index, line_number, DECODER.decode(text))
+        except Fault as fault:
+            yield fault.at(origin)
+        except ValueError as error:
+            yield json_fault(error, text).at(origin)
+        except RecursionError:
+            yield Fault("", "nested too deeply", expected="at most a few hundred levels", fix="flatten it").at(origin)
+
+
+class _Document:
+    """A whole JSON file in memory; knows the line of any character."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        data = check_mark(b"".join(byte_lines(path)), path)
+        self.source = source
+        self.text = data.decode("utf-8", errors="surrogateescape")
+        self.is_clean = self.text.isascii() or not re.search("[\udc80-\udcff]", self.text)
+        self._line, self._counted = 1, 0
+
+    def line_at(self, position: int) -> int:
+        """Line number of a character; cheap when asked in rising order."""
+        if position < self._counted:
+            self._line, self._counted = 1, 0
+        self._line += self.text.count("\n", self._counted, position)
+        self._counted = position
+        return self._line
+
+    def skip(self, position: int) -> int:
+        return WHITESPACE.match(self.text, position).end()  # type: ignore[union-attr]
+
+    def elements(self, position: int) -> Iterator[Row | BrokenRecord]:
+        """The elements of the list whose `[` is at `position`."""
+        position = self.skip(position + 1)
+        line_start = self.text.rfind("\n", 0, position)
+        indent = self.text[line_start + 1 : position]
+        index = 0
+        if self.text[position : position + 1] == "]":
+            return
+        while True:
+            origin = Origin(self.source, index, self.line_at(position))
+            try:
+                value, end = DECODER.raw_decode(self.text, position)
+                position_after = self.skip(end)
+                if self.text[position_after : position_after + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' or ']' after the record", self.text, position_after)
+            except ValueError as error:
+                yield self._list_fault(error, position).at(origin)
+                position = self._next_start(error, position, indent, origin)
+                if position < 0:
+                    return
+            else:
+                yield self._checked(Row(index, origin.line, value), position, end, origin)
+                if self.text[position_after] == "]":
+                    return
+                position = self.skip(position_after + 1)
+            index += 1
+
+    def _checked(self, row: Row, start: int, end: int, origin: Origin) -> Row | BrokenRecord:
+        if self.is_clean:
+            return row
+        try:
+            self.text[start:end].encode("utf-8")
+        except UnicodeEncodeError:
+            before = len(self.text[:start].encode("utf-8", errors="surrogateescape"))
+            try:
+                decode(self.text[start:end].encode("utf-8", errors="surrogateescape"), offset=before)
+            except Fault as fault:
+                return fault.at(origin)
+        return row
+
+    def _list_fault(self, error: ValueError, start: int) -> Fault:
+        if isinstance(error, json.JSONDecodeError):
+            line = self.line_at(error.pos)
+            fault = json_fault(error, self.text)
+            return Fault("", f"{fault.what}, line {line}", expected=fault.expected, fix=fault.fix)
+        return json_fault(error, self.text[start : start + 200])
+
+    def _next_start(self, error: ValueError, start: int, indent: str, origin: Origin) -> int:
+        """Where the next record begins after a broken one: a line that starts like the first record did.
+
+        Raw line breaks cannot occur inside of JSON strings, so in a file with one record (or one brace) per line
+        such a line is a record. Returns -1 at the end of the file.
+        """
+        from_here = max(error.pos if isinstance(error, json.JSONDecodeError) else start, start + 1)
+        if not indent.strip():
+            found = re.compile(r"\n" + re.escape(indent) + r"(?=[\[{])").search(self.text, from_here)
+            if found:
+                return found.end()
+            if not isinstance(error, json.JSONDecodeError):
+                from_here = len(self.text)
+        if not re.search(r"[\[{]", self.text[from_here:]):
+            return -1
+        raise UserError(
+            f"invalid JSON, and the record after it cannot be found: {error}",
+            expected="a list with each record on lines of its own",
+            fix="repair the file at that place, or write it as JSONL (one record per line)",
+            where=str(origin),
+        )
+
+
+def _members(document: _Document) -> dict[str, tuple[int, Any]]:
+    """Top-level fields of an object: where each value starts, and the value (None for one that is broken)."""
+    found: dict[str, tuple[int, Any]] = {}
+    position = document.skip(document.skip(0) + 1)
+    while document.text[position : position + 1] == '"':
+        key, position = DECODER.raw_decode(document.text, position)
+        position = document.skip(document.skip(position) + 1)
+        start = position
+        try:
+            value, position = DECODER.raw_decode(document.text, position)
+        except ValueError:
+            if document.text[start : start + 1] != "[":
+                raise
+            found[key] = (start, None)
+            return found
+        found[key] = (start, value)
+        position = document.skip(position)
+        if document.text[position : position + 1] == ",":
+            position = document.skip(position + 1)
+    return found
+
+
+def _holds_records(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(item, dict) for item in value[:5])
+        and not SPEAKERS & set(value[0])
+    )
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+
+
+def _unwrapped(rows: Iterator[Row | BrokenRecord]) -> Iterator[Row | BrokenRecord]:
+    """The hub's viewer wraps each record as {"row_idx": 0, "row": {...}, "truncated_cells": []}."""
+    for row in rows:
+        if isinstance(row, Row) and isinstance(row.value, dict) and isinstance(row.value.get("row"), dict):
+            yield Row(row.index, row.line, row.value["row"])
+        else:
+            yield row
+
+
+def read_object(document: _Document, path: Path, source: str) -> Rows:
+    """A top-level object: the list it holds under one of its keys, or a single record."""
+    try:
+        members = _members(document)
+    except ValueError as error:
+        place = document.line_at(error.pos) if isinstance(error, json.JSONDecodeError) else 1
+        raise json_fault(error, document.text).at(Origin(source, 0, place)).as_error() from None
+    lists = {key: start for key, (start, value) in members.items() if _holds_records(value)}
+    for key in (*HOLDERS, *lists):
+        if key in lists:
+            return Rows(f'a JSON list under "{key}"', _unwrapped(document.elements(lists[key])))
+    values = [value for _, value in members.values()]
+    if len(values) > 1 and all(_is_column(value) for value in values) and len({len(value) for value in values}) == 1:
+        raise UserError(
+            f"the file holds columns ({', '.join(members)}), not records",
+            expected="a list of records, or one record per line",
+            fix='write it record-wise, e.g. pandas: to_json(path, orient="records", lines=True)',
+            where=source,
+        )
+    whole = {key: value for key, (_, value) in members.items()}
+    return Rows("a single JSON object", iter([Row(0, document.line_at(document.skip(0)), whole)]))
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) and SPEAKERS & set(t) for t in value)
+
+
+def read_json(path: Path, source: str) -> Rows:
+    """Rows of a JSON or JSONL file, whichever the content is."""
+    is_lines_name = ".jsonl" in path.suffixes or ".ndjson" in path.suffixes
+    lines = (line.strip() for line in byte_lines(path))
+    first = next((line for line in lines if line), b"")
+    if not first:
+        raise UserError(
+            "the file is empty", expected="at least one record", fix="give a file that has records", where=source
+        )
+    has_more = any(lines)
+    try:
+        value = DECODER.decode(first.decode("utf-8"))
+        is_complete = True
+    except (ValueError, RecursionError):
+        value, is_complete = None, False
+    as_lines = Rows("JSON lines", read_lines(path, source))
+    if is_complete and (has_more or (is_lines_name and (isinstance(value, dict) or _is_conversation(value)))):
+        return as_lines
+    is_pretty_object = first.startswith(b"{") and (first == b"{" or first.endswith((b",", b"[", b"{")))
+    if first.startswith(b"[") or is_complete or is_pretty_object or (first.startswith(b"{") and not has_more):
+        document = _Document(path, source)
+        start = document.skip(0)
+        if document.text[start] == "[":
+            return Rows("a JSON list", document.elements(start))
+        if document.text[start] == "{" and (is_complete or not is_lines_name):
+            return read_object(document, path, source)
+    return as_lines

@@ -1,0 +1,66 @@
+"""The files a source names: one file, a folder, a glob, or a data set on the hub. Knows no formats."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from zhibei.config.errors import UserError
+from zhibei.config.run import Source
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".text", ".md")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_data_file(path: Path) -> bool:
+    name = path.name.lower().removesuffix(".gz")
+    return path.is_file() and not name.startswith(".") and name.endswith(SUFFIXES)
+
+
+def files_of(source: Source) -> list[Path]:
+    """Local files of a source in the order of their names; a hub data set is downloaded first.
+
+    A path that exists is never taken for a hub id. Raises UserError when nothing is found.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _folder(path)
+    if glob.has_magic(source.path):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        if not [name for name in found if name.is_file()]:
+            raise UserError(
+                "no file matches the pattern", expected="at least one file", fix="check the pattern", where=source.path
+            )
+        return [name for name in found if is_data_file(name)] or [name for name in found if name.is_file()]
+    if HUB_ID.fullmatch(source.path) and not source.path.lower().removesuffix(".gz").endswith(SUFFIXES):
+        from zhibei.data.hub import download
+
+        return download(source)
+    raise _missing(source, path)
+
+
+def _folder(path: Path) -> list[Path]:
+    found = sorted(name for name in path.rglob("*") if is_data_file(name))
+    if not found:
+        raise UserError(
+            "no data file in the folder",
+            expected=f"files ending in {', '.join(SUFFIXES)}",
+            fix="name the files, or another folder",
+            where=str(path),
+        )
+    return found
+
+
+def _missing(source: Source, path: Path) -> UserError:
+    import difflib
+
+    parent = path.parent
+    names = [name.name for name in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = f"did you mean {parent / near[0]}?" if near else "check the path"
+    if not parent.is_dir():
+        hint = f"the folder {parent} does not exist; check the path"
+    return UserError("no such file or folder", expected="an existing file, folder or glob", fix=hint, where=source.path)
