@@ -150,7 +150,7 @@ def answering(model: Any) -> Iterator[None]:
     must_switch = attention not in _CACHED_ATTENTION
     model.eval()
     if must_switch:
-        inner.set_attn_implementation("sdpa")
+        inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
     try:
         # Compiled layers would be compiled anew for each length of the cache.
         with torch.compiler.set_stance("force_eager"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from zhibei.config.errors import UserError
 
@@ -52,6 +52,13 @@ class SamplingOptions:
                     fix=f"choose another {name}",
                     where="sampling options",
                 )
+        if self.overflow not in get_args(Overflow):
+            raise UserError(
+                f"overflow is {self.overflow!r}",
+                expected=f"one of {', '.join(get_args(Overflow))}",
+                fix="choose another overflow",
+                where="sampling options",
+            )
         if any(not text for text in self.stop_strings):
             raise UserError(
                 "an empty stop string would end every answer at once",
