@@ -1,0 +1,69 @@
+"""Where commands write: results to stdout, everything else to stderr. Knows how errors look, not what causes them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from zhibei.config.errors import OUR_FAULT, SeveralErrors, UserError
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(value: Any, as_json: bool = False) -> None:
+    """The result of a command: one JSON document on stdout, or whatever rich can print."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+        sys.stdout.flush()
+    else:
+        stdout.print(value)
+
+
+def report_error(error: UserError, as_json: bool = False) -> int:
+    """Show what only the user can put right; the exit code to leave with."""
+    if as_json:
+        emit({"error": {**error.as_dict(), "exit_code": error.exit_code}}, as_json=True)
+    else:
+        stderr.print(error_text(error))
+    return error.exit_code
+
+
+def error_text(error: UserError) -> Text:
+    """The message in colour; its plain text is `str(error)` with every fault of a SeveralErrors."""
+    if isinstance(error, SeveralErrors):
+        parts = [Text(error.what, style="bold red"), *(error_text(part) for part in error.errors)]
+        return Text("\n").join(parts)
+    text = Text()
+    if error.where:
+        text.append(f"{error.where}: ", style="bold")
+    text.append(error.what, style="red")
+    text.append("\n  expected: ", style="dim").append(error.expected)
+    text.append("\n  to do:    ", style="dim").append(error.fix, style="green")
+    return text
+
+
+def report_defect(error: BaseException, *, debug: bool, as_json: bool = False) -> int:
+    """Show that zhibei itself failed, and leave the traceback in a file; the exit code to leave with."""
+    trace = "".join(traceback.format_exception(error))
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="zhibei-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write(trace)
+    summary = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if as_json:
+        emit({"error": {"what": summary, "traceback": file.name, "exit_code": OUR_FAULT}}, as_json=True)
+    else:
+        text = Text("This is our fault, not yours: ", style="bold red").append(summary, style="not bold")
+        text.append("\n  details:  ", style="dim").append(file.name)
+        text.append("\n  to do:    ", style="dim").append("please report it with that file; --debug shows it here")
+        stderr.print(text)
+    if debug:
+        sys.stderr.write(trace)
+    return OUR_FAULT
