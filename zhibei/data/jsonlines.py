@@ -23,6 +23,8 @@ HOLDERS = ("data", "rows", "instances", "train", "examples", "records", "samples
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 SPEAKERS = {"from", "role"}
+BROKEN_LIST = object()
+"""Stands for a list that begins but cannot be read to its end; its records are looked at one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,7 @@ class _Document:
 
 
 def _members(document: _Document) -> dict[str, tuple[int, Any]]:
-    """Top-level fields of an object: where each value starts, and the value (None for one that is broken)."""
+    """Top-level fields of an object: where each value starts, and the value."""
     found: dict[str, tuple[int, Any]] = {}
     position = document.skip(document.skip(0) + 1)
     while document.text[position : position + 1] == '"':
@@ -257,7 +259,7 @@ def _members(document: _Document) -> dict[str, tuple[int, Any]]:
         except ValueError:
             if document.text[start : start + 1] != "[":
                 raise
-            found[key] = (start, None)
+            found[key] = (start, BROKEN_LIST)
             return found
         found[key] = (start, value)
         position = document.skip(position)
@@ -267,7 +269,7 @@ def _members(document: _Document) -> dict[str, tuple[int, Any]]:
 
 
 def _holds_records(value: Any) -> bool:
-    return value is None or (
+    return value is BROKEN_LIST or (
         isinstance(value, list)
         and len(value) > 0
         and all(isinstance(item, dict) for item in value[:5])
@@ -296,6 +298,7 @@ def read_object(document: _Document, path: Path, source: str) -> Rows:
         place = document.line_at(error.pos) if isinstance(error, json.JSONDecodeError) else 1
         raise json_fault(error, document.text).at(Origin(source, 0, place)).as_error() from None
     lists = {key: start for key, (start, value) in members.items() if _holds_records(value)}
+    lists = lists or {key: start for key, (start, value) in members.items() if value == [] and key in HOLDERS}
     for key in (*HOLDERS, *lists):
         if key in lists:
             return Rows(f'a JSON list under "{key}"', _unwrapped(document.elements(lists[key])))

@@ -60,9 +60,8 @@ def suffix_of(path: Path) -> str:
     return Path(name).suffix
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path, source: str) -> Rows:
     """The raw rows of one file, before any format."""
-    source = str(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise UserError(what, expected="a data file", fix="check the path", where=source)
@@ -214,18 +213,22 @@ class _Reader:
         return found
 
 
-def open_file(path: str | Path, format: str = "auto", columns: dict[str, str] | None = None) -> OpenFile:
+def open_file(
+    path: str | Path, format: str = "auto", columns: dict[str, str] | None = None, *, label: str = ""
+) -> OpenFile:
     """Recognises one file and gives its records, broken ones among them; nothing is read ahead but a sample.
+
+    `label` is how messages name the file, when not by its path.
 
     Raises UserError when the file as a whole cannot be used: missing, empty, unknown format, wrong columns.
     """
     path, columns = Path(path), columns or {}
-    source = str(path)
+    source = label or str(path)
     if format != "auto" and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "zhibei data formats describes them"
         raise UserError(f"unknown format {format!r}", expected=", ".join(("auto", *FORMATS)), fix=hint, where=source)
-    held = read_rows(path)
+    held = read_rows(path, source)
     head = list(itertools.islice(held.rows, SAMPLE_ROWS))
     if not head:
         raise UserError(
@@ -262,10 +265,9 @@ def as_source(source: Source | str) -> Source:
 
 def read_source(source: Source, notice: Callable[[str], None] | None = None) -> Iterator[Record | BrokenRecord]:
     """All records of one source in order, each once: its files by name, its first `limit` records."""
-    files = files_of(source)
     left = source.limit
-    for path in files:
-        file = open_file(path, source.format, source.columns)
+    for path, label in files_of(source, notice):
+        file = open_file(path, source.format, source.columns, label=label)
         if notice:
             notice(str(file))
         for record in file.records if left is None else itertools.islice(file.records, left):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from zhibei.config.errors import UserError
@@ -18,28 +20,51 @@ def is_data_file(path: Path) -> bool:
     return path.is_file() and not name.startswith(".") and name.endswith(SUFFIXES)
 
 
-def files_of(source: Source) -> list[Path]:
-    """Local files of a source in the order of their names; a hub data set is downloaded first.
+def files_of(source: Source, notice: Callable[[str], None] | None = None) -> list[tuple[Path, str]]:
+    """Files of a source in the order of their names, each with the name to show; a hub data set is downloaded first.
 
-    A path that exists is never taken for a hub id. Raises UserError when nothing is found.
+    A path that exists is never taken for a hub id. Raises UserError when nothing is found, and when `split` or
+    `subset` are set on local files, where they have no effect.
     """
     path = Path(source.path).expanduser()
+    if path.exists() or glob.has_magic(source.path):
+        _refuse_hub_settings(source)
+        return [(name, str(name)) for name in _local(path, source)]
+    if is_hub_id(source.path):
+        from zhibei.data.hub import download
+
+        return download(source, notice)
+    raise _missing(source, path)
+
+
+def is_hub_id(path: str) -> bool:
+    """owner/name, and not the name of a data file."""
+    return bool(HUB_ID.fullmatch(path)) and not path.lower().removesuffix(".gz").endswith(SUFFIXES)
+
+
+def _refuse_hub_settings(source: Source) -> None:
+    for name, value, default in (("split", source.split, "train"), ("subset", source.subset, None)):
+        if value != default:
+            raise UserError(
+                f"{name}: {value} has no effect on local files",
+                expected=f"{name} only with a hub data set",
+                fix=f"remove {name}; name the files you want",
+                where=source.path,
+            )
+
+
+def _local(path: Path, source: Source) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
         return _folder(path)
-    if glob.has_magic(source.path):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        if not [name for name in found if name.is_file()]:
-            raise UserError(
-                "no file matches the pattern", expected="at least one file", fix="check the pattern", where=source.path
-            )
-        return [name for name in found if is_data_file(name)] or [name for name in found if name.is_file()]
-    if HUB_ID.fullmatch(source.path) and not source.path.lower().removesuffix(".gz").endswith(SUFFIXES):
-        from zhibei.data.hub import download
-
-        return download(source)
-    raise _missing(source, path)
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [name for name in found if is_data_file(name)] or [name for name in found if name.is_file()]
+    if not files:
+        raise UserError(
+            "no file matches the pattern", expected="at least one file", fix="check the pattern", where=source.path
+        )
+    return files
 
 
 def _folder(path: Path) -> list[Path]:
@@ -55,8 +80,6 @@ def _folder(path: Path) -> list[Path]:
 
 
 def _missing(source: Source, path: Path) -> UserError:
-    import difflib
-
     parent = path.parent
     names = [name.name for name in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
