@@ -6,11 +6,8 @@ A checkpoint is a folder `step-000200` with one or more safetensors files per gr
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,14 +17,12 @@ from zhibei.config.errors import UserError
 from zhibei.store.files import (
     HashedFile,
     as_json,
-    disk_error,
     drop_from_page_cache,
     read_json,
     require_space,
     sha256_of,
-    sync_folder,
 )
-from zhibei.store.locks import hold_lock, take_over
+from zhibei.store.folders import Problem, clean_left_overs, remove_folder, whole_folder
 from zhibei.store.shards import (
     DEFAULT_SHARD_BYTES,
     TensorFolder,
@@ -41,20 +36,8 @@ from zhibei.store.shards import (
 
 FILES_FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{6,})")
-LEFT_OVER_NAME = re.compile(r"\.(writing|replaced|removing)-(step-\d{6,})-(\d+)(\.lock)?")
 GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 SPARE_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with a file or folder on disk, and why."""
-
-    path: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -104,35 +87,14 @@ def save_checkpoint(
     _refuse_other_run(final, state)
     needed = sum(plan.num_bytes(groups[group]) for group, files in plans.items() for plan in files)
     require_space(checkpoints, needed_bytes=needed + len(state_text) + SPARE_BYTES, purpose=f"checkpoint {final.name}")
-    temporary = checkpoints / f".writing-{final.name}-{os.getpid()}"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        with hold_lock(_lock_of(temporary)), _removed_on_failure(temporary):
-            temporary.mkdir()
-            written: list[WrittenFile] = []
-            for group, files in plans.items():
-                written += write_shards(temporary, groups[group], plans=files)
-            written.append(_write_file(temporary, "state.json", state_text))
-            _write_file(temporary, "files.json", as_json(_files_record(step, written, list(groups))))
-            sync_folder(temporary)
-            _require_sound(temporary, step)
-            _put_in_place(temporary, final)
-    except OSError as problem:
-        raise disk_error(problem, purpose=f"checkpoint {final.name}", where=checkpoints) from problem
+    with whole_folder(final, purpose=f"checkpoint {final.name}") as temporary:
+        written: list[WrittenFile] = []
+        for group, files in plans.items():
+            written += write_shards(temporary, groups[group], plans=files)
+        written.append(_write_file(temporary, "state.json", state_text))
+        _write_file(temporary, "files.json", as_json(_files_record(step, written, list(groups))))
+        _require_sound(temporary, step)
     return final
-
-
-@contextmanager
-def _removed_on_failure(temporary: Path):
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _lock_of(temporary: Path) -> Path:
-    return temporary.with_name(temporary.name + ".lock")
 
 
 def _write_file(folder: Path, name: str, text: str) -> WrittenFile:
@@ -178,17 +140,6 @@ def _require_sound(temporary: Path, step: int) -> None:
             fix="the disk or its driver is faulty: write to another one; older checkpoints are untouched",
             where=str(temporary.parent),
         )
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename. An older folder of the same step steps aside first, and comes back if we die in between."""
-    aside = final.with_name(f".replaced-{final.name}-{os.getpid()}")
-    if final.exists():
-        os.rename(final, aside)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
 
 
 def check_checkpoint(path: Path, *, step: int | None = None, with_hashes: bool = True) -> list[Problem]:
@@ -270,36 +221,6 @@ def newest_sound(checkpoints: Path) -> Sound | None:
     )
 
 
-def clean_left_overs(checkpoints: Path) -> list[Problem]:
-    """Remove what dead writers left (`.writing-*`, `.removing-*`), and bring back a step that died while replaced.
-
-    Folders of a living writer are not touched.
-    """
-    notes = []
-    if not checkpoints.is_dir():
-        return notes
-    for path in sorted(checkpoints.iterdir()):
-        match = LEFT_OVER_NAME.fullmatch(path.name)
-        if match is None or not path.exists():
-            continue
-        kind, step_name, pid, lock_suffix = match.groups()
-        lock = path if lock_suffix else checkpoints / f".writing-{step_name}-{pid}.lock"
-        with take_over(lock, pid=int(pid)) as is_dead:
-            # A folder under removal may be removed by two at once; only half-written ones need their writer dead.
-            if not is_dead and kind != "removing":
-                continue
-            if lock_suffix:
-                path.unlink(missing_ok=True)
-            elif kind == "replaced" and not (checkpoints / step_name).exists():
-                os.rename(path, checkpoints / step_name)
-                notes.append(Problem(str(path), f"a save was killed while replacing {step_name}: the old one is back"))
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-                if kind == "writing":
-                    notes.append(Problem(str(path), "left by a save that was killed; removed"))
-    return notes
-
-
 def load_checkpoint(path: Path) -> tuple[dict[str, TensorFolder], dict[str, Any]]:
     """The tensors of each group (read from disk when asked for) and the state. Verify first: see `newest_sound`."""
     record = read_json(path / "files.json")
@@ -327,8 +248,6 @@ def prune(
             if not check_checkpoint(path, step=step, with_hashes=with_hashes):
                 kept.append(path)
         elif path.resolve() not in protected:
-            aside = checkpoints / f".removing-{path.name}-{os.getpid()}"
-            os.rename(path, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_folder(path)
             removed.append(path)
     return removed

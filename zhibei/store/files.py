@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from zhibei.config.errors import UserError
 
 CHUNK_BYTES = 16 * 2**20
 GIB = 2**30
+NEW_FILE_NAME = re.compile(r"\.new-(\d+)-\d+-.+")  # what `write_json_atomic` fills before it renames
 
 
 class HashedFile:
@@ -149,7 +151,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def _write_atomic(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{threading.get_ident()}")
+    temporary = path.with_name(f".new-{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,13 @@ from zhibei.config.errors import UserError
 
 
 @contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path, *, patience_seconds: float = 5.0) -> Iterator[None]:
     """Hold an exclusive lock file while the block runs. The kernel frees it when the process dies, even by SIGKILL.
 
     Process numbers alone would not do: containers start every process with the same few numbers.
-    UserError when another thread or process holds it.
+    UserError when another thread or process holds it for longer than `patience_seconds`: a cleaner is soon gone.
     """
+    deadline = time.monotonic() + patience_seconds
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -27,6 +29,9 @@ def hold_lock(path: Path) -> Iterator[None]:
             os.close(descriptor)
             if problem.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
+            if time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
             raise UserError(
                 "another thread or process is writing the same thing right now",
                 expected="one writer",
@@ -59,7 +64,7 @@ def take_over(path: Path, *, pid: int) -> Iterator[bool]:
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
-        yield not _is_running(pid)
+        yield not is_running(pid)
         return
     try:
         try:
@@ -72,7 +77,8 @@ def take_over(path: Path, *, pid: int) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this number exists; it may be another one than the one that was meant."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

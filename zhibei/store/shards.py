@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zhibei.config.errors import UserError
-from zhibei.store.files import HashedFile
+from zhibei.store.files import HashedFile, write_json_atomic
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -173,6 +173,25 @@ def _header_bytes(tensors: Mapping[str, Writable], names: list[str], *, aliases:
     return struct.pack("<Q", len(text)) + text
 
 
+def save_tensors(
+    folder: Path, tensors: Mapping[str, Writable], *, stem: str, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[WrittenFile]:
+    """Write `<stem>.safetensors`, or several files and `<stem>.safetensors.index.json`, as transformers expects them.
+
+    Of tied tensors the first is in the files, as `save_pretrained` does it. Fill a `whole_folder` with it, so that a
+    full disk or a kill leaves nothing half written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = plan_shards(tensors, stem=stem, max_shard_bytes=max_shard_bytes)
+    written = write_shards(folder, tensors, plans=plans)
+    if len(written) > 1:
+        total = sum(num_bytes(tensors[name]) for plan in plans for name in plan.names)
+        weight_map = {name: plan.file_name for plan in plans for name in plan.names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json_atomic(folder / f"{stem}.safetensors.index.json", index)
+    return written
+
+
 def write_shards(folder: Path, tensors: Mapping[str, Writable], *, plans: list[ShardPlan]) -> list[WrittenFile]:
     """Write planned files into an existing folder. OSError when the disk is full: the caller removes the folder.
 
@@ -203,17 +222,6 @@ def host_bytes(name: str, tensor: Writable) -> memoryview:
         )
     flat = value.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def write_index(folder: Path, written: list[WrittenFile], *, stem: str) -> dict[str, Any] | None:
-    """The content of `<stem>.safetensors.index.json` for several files; None when one file needs no index."""
-    if len(written) == 1:
-        return None
-    total = sum(
-        entry.end - entry.start for file in written for entry in read_header(folder / file.name).entries.values()
-    )
-    weight_map = {name: file.name for file in written for name in file.tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def read_header(path: Path) -> Header:
