@@ -45,6 +45,13 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
         )
     attention.register()
     found = locate(section.path)
+    if found.adapter is not None and section.method == "lora":
+        raise UserError(
+            f"model.path {section.path} is an adapter on {found.weights}",
+            expected="a base model under model.path, and the adapter to continue under lora.adapter",
+            fix=f"set model.path: {found.weights} and lora.adapter: {found.adapter}",
+            where="model.path",
+        )
     name = choose_attention(section.attention, need)
     hf = load_weights(found, section, need, attention_name=name)
     if found.adapter is not None:
@@ -248,5 +255,5 @@ def _with_adapter(hf: Any, folder: Path) -> Any:
 
 
 def _merged(hf: Any, folder: Path) -> Any:
-    """Training that starts from an adapter run continues on its merged weights."""
+    """Full training that starts from an adapter run continues on its merged weights."""
     return _with_adapter(hf, folder).merge_and_unload(safe_merge=True)

@@ -65,7 +65,7 @@ def locate(path: str, *, base: str | None = None) -> Located:
             fix=_nested_hint(folder),
             where="model.path",
         )
-    return Located(str(folder), run=run)
+    return Located(str(folder.resolve()), run=run)
 
 
 def _base_of(adapter: Path, base: str | None) -> str:
@@ -80,7 +80,7 @@ def _base_of(adapter: Path, base: str | None) -> str:
         ) from None
     wanted = base or str(named)
     if Path(wanted).expanduser().is_dir():
-        return str(Path(wanted).expanduser())
+        return str(Path(wanted).expanduser().resolve())
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1:
         raise UserError(
             f"the adapter {adapter} was trained on {wanted}, which is not here",

@@ -50,7 +50,7 @@ def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
     groups, state = load_checkpoint(path)
     if state["key"] != key:
         raise UserError(
-            "the checkpoint was made from other rows, another template, tokenizer or masking than the run file now gives",
+            "the checkpoint was made from other rows, template, tokenizer or masking than the run file now gives",
             expected=f"prepared rows {state['key'][:12]}, as when the run started; now they are {key[:12]}",
             fix="put the data files back as they were, or start a new run under another name",
             where=str(path),

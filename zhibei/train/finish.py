@@ -1,0 +1,136 @@
+"""The end of a run: the best weights, written as a model folder, read back and proved. Knows no loop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zhibei.config.errors import RunStopped
+from zhibei.model.load import load_for_inference
+from zhibei.model.locate import locate
+from zhibei.model.save import write_weights
+from zhibei.store.checkpoint import load_checkpoint
+from zhibei.store.files import read_json, write_json_atomic
+from zhibei.store.folders import whole_folder
+from zhibei.store.run_dir import RunDir
+from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
+from zhibei.train.materials import Materials
+from zhibei.train.opening import checkpoint_path
+from zhibei.train.record import Recorder
+from zhibei.train.resume import Progress, load_weights
+
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One thing that was checked about what was written."""
+
+    name: str
+    passed: bool
+    detail: str
+    value: float | None = None
+
+
+def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> None:
+    """Write runs/NAME/model and prove it. Raises RunStopped (exit code 3) when a proof fails; the checkpoint stays."""
+    chosen = progress.step
+    best = checkpoint_path(run_dir, progress.best_step) if materials.run.sft.keep_best else None
+    if best is not None and progress.best_step != progress.step:
+        groups, _ = load_checkpoint(best)
+        load_weights(materials.model, groups["model"], where=best)
+        chosen = progress.best_step or chosen
+    with whole_folder(run_dir.model, purpose="the finished model") as folder:
+        write_weights(materials.model, folder)
+        write_tokenizer(materials, folder)
+        sync_files(folder)
+    proofs = prove(materials, run_dir.model)
+    write_json_atomic(run_dir.proofs, [asdict(proof) for proof in proofs])
+    failed = [proof for proof in proofs if not proof.passed]
+    if failed:
+        recorder.event(progress.step, "stopped", f"proof failed: {failed[0].name}: {failed[0].detail}")
+        raise RunStopped(
+            f"the written model is not the trained one: {failed[0].name}: {failed[0].detail}",
+            expected="the same tensors and logits after reading it back",
+            fix=f"the checkpoints in {run_dir.checkpoints} are sound; report this with {run_dir.proofs}",
+            where=str(run_dir.model),
+        )
+    manifest = read_json(run_dir.manifest)
+    manifest["finished"] = {
+        "steps": progress.step,
+        "model_step": chosen,
+        "best_heldout_loss": progress.best_loss,
+        "tokens": progress.tokens,
+        "learned_tokens": progress.learned_tokens,
+        "training_seconds": round(progress.seconds, 3),
+    }
+    write_json_atomic(run_dir.manifest, manifest)
+    recorder.event(
+        progress.step,
+        "finished",
+        f"{run_dir.model} holds step {chosen}" + (" (best held-out loss)" if chosen != progress.step else ""),
+        model_step=chosen,
+    )
+
+
+def write_tokenizer(materials: Materials, folder: Path) -> None:
+    """The tokenizer as transformers saves it, with the template this run trained on as its chat template."""
+    tokenizer = load_hugging_face_tokenizer(
+        materials.tokenizer.source, trust_remote_code=materials.run.model.trust_remote_code
+    )
+    tokenizer.chat_template = materials.template.as_jinja()
+    tokenizer.save_pretrained(str(folder))
+
+
+def sync_files(folder: Path) -> None:
+    """Flush what other libraries wrote, before the folder gets its final name."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def prove(materials: Materials, folder: Path) -> list[Proof]:
+    """Read the written model back and compare tensors, logits, tokenizer and template with the ones in memory."""
+    model = materials.model
+    base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
+    read_back = load_for_inference(
+        str(folder), device=str(materials.device), precision=materials.precision, base=base
+    )
+    mine = dict(model.hf.named_parameters())
+    theirs = dict(read_back.hf.named_parameters())
+    differing = [
+        name
+        for name, parameter in model.trainable().items()
+        if name not in theirs or not torch.equal(parameter.data, theirs[name].data)
+    ]
+    proofs = [
+        Proof(
+            "tensors",
+            not differing and (base is not None or set(mine) == set(theirs)),
+            f"{len(model.trainable()):,} trained tensors are equal bit for bit"
+            if not differing
+            else f"{len(differing)} tensors differ, e.g. {differing[0]}",
+        )
+    ]
+    tokens_BT = torch.as_tensor(probe_row(materials), device=materials.device)[None]
+    with torch.no_grad(), model.sampling() as trained, read_back.sampling() as again:
+        a, b = trained(tokens_BT, use_cache=False).logits.float(), again(tokens_BT, use_cache=False).logits.float()
+    difference = (a - b).abs().max().item()
+    bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, a.abs().max().item())
+    proofs.append(Proof("logits", difference <= bound, f"largest difference {difference:.3g}", difference))
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in theirs.values())
+    proofs.append(Proof("finite", finite, "every weight is finite" if finite else "NaN or infinity in the weights"))
+    written = load_tokenizer(str(folder))
+    same = written.fingerprint == materials.tokenizer.fingerprint
+    proofs.append(Proof("tokenizer", same, "fingerprint " + ("equal" if same else "differs")))
+    return proofs
+
+
+def probe_row(materials: Materials) -> Any:
+    rows = materials.rows.train
+    return rows.tokens[: min(int(rows.borders[1]), PROBE_TOKENS)].astype("int64")
+

@@ -1,0 +1,167 @@
+"""What a supervised run works with, made from its run file: tokenizer, template, rows, model, batches. Knows no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
+from zhibei.config.run import RunFile
+from zhibei.data.batches import Batches, BatchPlan
+from zhibei.data.prepare import prepare
+from zhibei.data.prepared import PreparedRows, PreparedSet
+from zhibei.losses.tokens import TokenLoss
+from zhibei.model.device import choose_device, choose_precision
+from zhibei.model.language_model import LanguageModel
+from zhibei.model.load import Need, load_for_training
+from zhibei.model.locate import locate
+from zhibei.model.savings import checkpoint_activations, compile_layers
+from zhibei.store.run_dir import RunDir
+from zhibei.text.find import find_template
+from zhibei.text.template import Template
+from zhibei.text.tokenizer import Tokenizer, load_tokenizer
+from zhibei.train.optimizer import MasterOptimizer
+from zhibei.train.step import LossSum, Stepper
+from zhibei.train.token_loss import token_loss
+
+# Token counts are padded up to this on a GPU, so that compiled kernels and the matrix units see even shapes.
+GPU_PAD_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Everything but the loop. `resolved` has the planned values filled in."""
+
+    resolved: ResolvedRun
+    device: torch.device
+    precision: str
+    tokenizer: Tokenizer
+    template: Template
+    rows: PreparedSet
+    batches: Batches
+    heldout: Batches | None
+    model: LanguageModel
+    stepper: Stepper
+    plain_loss_sum: LossSum
+    """Without label smoothing and z-loss: what held-out figures and perplexity mean."""
+
+    notes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> RunFile:
+        return self.resolved.run
+
+
+def gather(resolved: ResolvedRun, *, on_rows: Callable[..., None] | None = None) -> Materials:
+    """Read, render, mask and audit all rows first (cheap to be wrong about), then load the model.
+
+    Raises UserError for whatever is wrong with the run file, rows, tokenizer, model or device.
+    """
+    run = resolved.run
+    device = choose_device(run.device)
+    precision = choose_precision(run.model.precision, device)
+    tokenizer = load_run_tokenizer(run)
+    template = find_template(run.data.template, tokenizer)
+    rows = prepare(run, tokenizer, template, on_rows=on_rows)
+    batches, heldout = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
+    resolved = with_planned(resolved, {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)})
+    run = resolved.run
+    torch.manual_seed(run.seed)
+    need = Need(
+        device=device,
+        precision=precision,
+        packing=run.data.packing,
+        longest_row=run.data.max_tokens,
+        seed=run.seed,
+        neftune_alpha=run.sft.neftune_alpha,
+    )
+    model = load_for_training(run.model, run.lora, need)
+    check_vocabulary(model, tokenizer)
+    checkpoint_activations(model, run.model.activation_checkpointing)
+    head = TokenLoss(
+        softcap=model.head_shape.softcap,
+        logit_scale=model.head_shape.scale,
+        compiled=compile_layers(model, run.model.compile),
+    )
+    optimizer = MasterOptimizer(model.trainable(), run.sft)
+    stepper = Stepper(
+        model,
+        optimizer,
+        token_loss(replace(head, label_smoothing=run.sft.label_smoothing, z_loss=run.sft.z_loss)),
+        max_grad_norm=run.sft.max_grad_norm,
+    )
+    return Materials(
+        resolved=resolved,
+        device=device,
+        precision=precision,
+        tokenizer=tokenizer,
+        template=template,
+        rows=rows,
+        batches=batches,
+        heldout=heldout,
+        model=model,
+        stepper=stepper,
+        plain_loss_sum=token_loss(head),
+        notes=(*resolved.notes, *tokenizer.notes),
+    )
+
+
+def load_run_tokenizer(run: RunFile) -> Tokenizer:
+    """The tokenizer the run file names, else the one beside the model (for an adapter: its own, else its base's)."""
+    if run.model.tokenizer is not None:
+        return load_tokenizer(run.model.tokenizer, trust_remote_code=run.model.trust_remote_code)
+    found = locate(run.model.path)
+    own = found.adapter if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file() else None
+    return load_tokenizer(
+        str(own or found.weights), revision=run.model.revision, trust_remote_code=run.model.trust_remote_code
+    )
+
+
+def _named(rows: PreparedSet, run: RunFile) -> dict[str, Any]:
+    return {} if run.data.template == rows.template else {"data.template": rows.template}
+
+
+def make_batches(
+    run: RunFile, rows: PreparedSet, *, pad_token: int, device: torch.device
+) -> tuple[Batches, Batches | None]:
+    """Training batches, and held-out ones when there are held-out rows."""
+    plan = BatchPlan(
+        global_batch=run.sft.global_batch,
+        micro_batch_tokens=run.sft.micro_batch_tokens,
+        packing=run.data.packing,
+        shuffle=run.data.shuffle,
+        group_by_length=run.data.group_by_length,
+        seed=run.seed,
+        pad_multiple=GPU_PAD_MULTIPLE if device.type == "cuda" else 1,
+        pad_token=pad_token,
+    )
+    batches = Batches(rows.train, plan, epochs=run.sft.epochs, max_steps=run.sft.max_steps)
+    return batches, heldout_batches(rows.heldout, plan)
+
+
+def heldout_batches(rows: PreparedRows, plan: BatchPlan) -> Batches | None:
+    """Batches over held-out rows; None when there are no such rows."""
+    if len(rows) == 0:
+        return None
+    return Batches(rows, replace(plan, global_batch=min(plan.global_batch, len(rows))))
+
+
+def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Every id the tokenizer can give must have an embedding. Raises UserError."""
+    rows = model.inner.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model has {rows} embeddings",
+            expected="a tokenizer that belongs to the model",
+            fix="use the model's own tokenizer (remove model.tokenizer), or resize the model's embeddings first",
+            where="model.tokenizer",
+        )
+
+
+def run_dir_of(run: RunFile) -> RunDir:
+    return RunDir(Path(run.runs) / run.name)

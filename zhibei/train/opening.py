@@ -1,0 +1,68 @@
+"""Opens a run directory: refuses to overwrite, writes what describes the run, or finds where to resume. Knows no loop."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zhibei.config.errors import UserError
+from zhibei.config.resolve import write_resolved
+from zhibei.store.checkpoint import newest_sound
+from zhibei.store.files import read_json, write_json_atomic, write_text_atomic
+from zhibei.store.run_dir import RunDir
+from zhibei.train.materials import Materials
+from zhibei.train.resume import Progress, restore
+
+
+def refuse_existing(run_dir: RunDir) -> None:
+    """A directory that holds anything is never written over. Raises UserError."""
+    if run_dir.path.is_file() or (run_dir.path.is_dir() and any(run_dir.path.iterdir())):
+        raise UserError(
+            f"{run_dir.path} exists already",
+            expected="a new run name; nothing that exists is overwritten",
+            fix=f"continue it with: zhibei resume {run_dir.path}; or choose another name: name=NEW",
+            where="name",
+        )
+
+
+def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any]) -> Progress:
+    """Write run.yaml, resolved.yaml, manifest.json, audit.json and ledger.jsonl; returns fresh counters."""
+    run_id = str(uuid.uuid4())
+    write_text_atomic(run_dir.run_file, materials.resolved.text)
+    write_resolved(materials.resolved, run_dir.resolved)
+    write_json_atomic(run_dir.audit, materials.rows.audit)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in materials.rows.ledger]
+    write_text_atomic(run_dir.ledger, "".join(lines))
+    write_json_atomic(run_dir.manifest, {**manifest, "run_id": run_id})
+    return Progress(run_id=run_id, key=materials.rows.key)
+
+
+def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[str]]:
+    """The counters of the newest sound checkpoint, its weights and states put back, and notes on unsound ones.
+
+    Raises UserError when the run belongs to other rows, template, tokenizer or base model.
+    """
+    manifest = read_json(run_dir.manifest)
+    found = newest_sound(run_dir.checkpoints)
+    if found is None:
+        return Progress(run_id=manifest["run_id"], key=materials.rows.key), ["no checkpoint yet: starts at step 0"]
+    progress = restore(found.path, materials.stepper, key=materials.rows.key)
+    if progress.run_id != manifest["run_id"]:
+        raise UserError(
+            f"the checkpoint belongs to run {progress.run_id}, the manifest to run {manifest['run_id']}",
+            expected="checkpoints of this run",
+            fix="move the foreign checkpoint away",
+            where=str(found.path),
+        )
+    return progress, [str(note) for note in found.notes]
+
+
+def checkpoint_path(run_dir: RunDir, step: int | None) -> Path | None:
+    """The folder of a step's checkpoint, if it is there."""
+    if step is None:
+        return None
+    path = run_dir.checkpoint(step)
+    return path if path.is_dir() else None
