@@ -1,0 +1,124 @@
+"""A run directory as training leaves it, made up: hundreds of steps, a resume, samples, dropped rows, hostile text."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from zhibei.store.run_dir import RunDir
+
+EVIL = "<script>alert('pwned')</script><img src=http://evil.example/x.png onerror=alert(1)>"
+
+
+def fake_run(folder: Path, *, num_steps: int = 400, seed: int = 0, end: str = "finished") -> RunDir:
+    """Write every file that a report reads. Figures are invented, but shaped like those of a real run."""
+    run_dir = RunDir(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_dir.metrics.write_text("".join(json.dumps(record) + "\n" for record in records(num_steps, seed, end)))
+    run_dir.audit.write_text(json.dumps(AUDIT))
+    run_dir.ledger.write_text("".join(json.dumps(entry) + "\n" for entry in LEDGER))
+    run_dir.manifest.write_text(json.dumps(MANIFEST))
+    run_dir.proofs.write_text(json.dumps(PROOFS))
+    run_dir.resolved.write_text(RESOLVED)
+    run_dir.run_file.write_text("name: fake\n")
+    run_dir.samples.mkdir(exist_ok=True)
+    for step in range(100, num_steps + 1, 100):
+        (run_dir.samples / f"step-{step:06d}.json").write_text(json.dumps(samples(step)))
+    (run_dir.checkpoint(num_steps)).mkdir(parents=True, exist_ok=True)
+    (run_dir.checkpoint(num_steps) / "model-00001.safetensors").write_bytes(bytes(300_000))
+    run_dir.model.mkdir(exist_ok=True)
+    (run_dir.model / "model.safetensors").write_bytes(bytes(150_000))
+    (run_dir.model / "config.json").write_text("{}")
+    return run_dir
+
+
+def records(num_steps: int, seed: int, end: str) -> list[dict[str, Any]]:
+    """Loss falls like a power law with noise; held-out loss has its minimum at three quarters."""
+    noise = random.Random(seed)
+    now = 1_790_000_000.0
+    made: list[dict[str, Any]] = [
+        {"kind": "event", "step": 0, "time": now, "event": "started", "text": "", "total_steps": num_steps},
+        heldout(0, 3.1, now + 2, is_best=True),
+    ]
+    now += 30
+    for step in range(1, num_steps + 1):
+        now += 1.6
+        if step == num_steps // 2 + 1:
+            now += 7200
+            made.append({"kind": "event", "step": step - 1, "time": now, "event": "resumed",
+                         "text": f"from checkpoints/step-{step - 1:06d}"})  # fmt: skip
+        made.append(train(step, num_steps, noise, now))
+        if step % (num_steps // 8 or 1) == 0:
+            loss = 1.25 + 1.6 * math.exp(-step / num_steps * 5) + 0.15 * max(0, step / num_steps - 0.75)
+            made.append(heldout(step, loss, now + 3, is_best=step <= num_steps * 3 // 4))
+            made.append({"kind": "event", "step": step, "time": now + 5, "event": "saved",
+                         "text": f"checkpoints/step-{step:06d}"})  # fmt: skip
+    if end:
+        made.append({"kind": "event", "step": num_steps, "time": now + 9, "event": end, "text": f"{end} {EVIL}"})
+    return made
+
+
+def train(step: int, num_steps: int, noise: random.Random, now: float) -> dict[str, Any]:
+    progress = step / num_steps
+    return {
+        "kind": "train", "step": step, "time": now, "epoch": 3 * progress,
+        "loss": 1.2 + 1.9 * math.exp(-progress * 6) + noise.gauss(0, 0.07),
+        "grad_norm": 0.8 + 2.5 * math.exp(-progress * 9) + abs(noise.gauss(0, 0.2)),
+        "learning_rate": 2e-5 * min(1, step / 12) * 0.5 * (1 + math.cos(math.pi * progress)),
+        "tokens": 40_000 + noise.randrange(4000), "supervised_tokens": 11_000 + noise.randrange(900),
+        "tokens_per_s": 26_000 + noise.gauss(0, 500) - (20_000 if step == 1 else 0), "seconds": 1.6,
+        "peak_gib": 61.2, "host_gib": 9.4, "micro_batches": 10,
+    }  # fmt: skip
+
+
+def heldout(step: int, loss: float, now: float, *, is_best: bool) -> dict[str, Any]:
+    return {"kind": "heldout", "step": step, "time": now, "loss": loss, "perplexity": math.exp(loss),
+            "tokens": 51234, "seconds": 2.5, "is_best": is_best}  # fmt: skip
+
+
+def samples(step: int) -> list[dict[str, str]]:
+    base = "Give three tips for staying healthy.\nGive three tips for staying healthy.\nGive three tips"
+    return [
+        {"prompt": "Give three tips for staying healthy.", "base": base,
+         "tuned": f"1. Eat a balanced diet.\n2. Sleep well.\n3. Move every day. (step {step})"},
+        {"prompt": "用一句话解释什么是光合作用。", "base": "光合作用光合作用光合作用",
+         "tuned": "光合作用是植物利用光能，把二氧化碳和水转化为有机物并释放氧气的过程。"},
+        {"prompt": EVIL, "base": "", "tuned": "</div></section>" + EVIL},
+    ]  # fmt: skip
+
+
+AUDIT: dict[str, Any] = {
+    "rows": 18857,
+    "future_figure": {"nested": 17, "text": EVIL},
+}
+LEDGER: list[dict[str, Any]] = [
+    *[{"source": "data/alpaca.json", "record": 100 + n, "line": 6 * n, "field": None,
+       "reason": "longer than max_tokens (1024)", "excerpt": f"Instruction {n} that goes on"} for n in range(41)],
+    {"source": "data/alpaca.json", "record": 7, "line": 43, "field": "output", "reason": "the answer is empty",
+     "excerpt": EVIL},
+]  # fmt: skip
+MANIFEST: dict[str, Any] = {
+    "zhibei": "0.1.0", "template": {"name": "alpaca", "sha256": "3f1c" * 16}, "base": {"path": "llama-2-7b"},
+    "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0"}, "global_batch": 128,
+    "machine": {"gpu": ["NVIDIA H100 80GB HBM3"], "host_gib": 128.0}, "evil": EVIL,
+}  # fmt: skip
+PROOFS: list[dict[str, Any]] = [
+    {"name": "reloaded tensors are equal", "passed": True, "detail": "291 tensors, bit for bit", "value": 0.0},
+    {"name": "same logits after reload", "passed": True, "detail": "largest difference", "value": 3.1e-06},
+    {"name": "every weight is finite", "passed": False, "detail": EVIL, "value": None},
+]
+RESOLVED = f"""# The effective run file. The comment behind a value is its origin.
+name: fake  # fake.yaml:1
+seed: 0  # default
+
+model:
+  path: "{EVIL}"  # command line
+  method: full  # default
+
+sft:
+  learning_rate: 2e-05  # planned
+  # warmup_steps: no effect; nothing follows from it
+"""

@@ -1,0 +1,44 @@
+"""report.html of a run: which sections, in which order. Knows the list, not the sections' contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from zhibei.report.html import Section, both, page
+from zhibei.report.inputs import RunInputs, read_inputs
+from zhibei.report.provenance import PROVENANCE_SECTIONS, last_written
+from zhibei.report.rows import ROW_SECTIONS
+from zhibei.report.training import TRAINING_SECTIONS
+from zhibei.store.files import write_text_atomic
+from zhibei.store.run_dir import RunDir
+
+SECTIONS: dict[str, Callable[[RunInputs], Section]] = {**TRAINING_SECTIONS, **ROW_SECTIONS, **PROVENANCE_SECTIONS}
+TRAINING_PAGE = (
+    "verdict",
+    "key_figures",
+    "curves",
+    "samples",
+    "proofs",
+    "audit",
+    "dropped_rows",
+    "run_file",
+    "manifest",
+    "files",
+    "commands",
+)
+
+
+def write_report(run_dir: RunDir, *, sections: Sequence[str] = TRAINING_PAGE) -> Path:
+    """Make `report.html` of a run from the files in its folder, and return its path.
+
+    One self-contained file that reads from file://, without JavaScript and on paper. A missing or damaged input never
+    stops it: the section says what is missing. `sections`: names from SECTIONS, in their order on the page.
+    """
+    inputs = read_inputs(run_dir)
+    when = last_written(inputs)
+    subtitle = both(f"training report, last record {when}", f"训练报告，最后记录 {when}") if when else both(
+        "training report", "训练报告")  # fmt: skip
+    text = page(run_dir.path.resolve().name, subtitle=subtitle, sections=[SECTIONS[name](inputs) for name in sections])
+    write_text_atomic(run_dir.report, text)
+    return run_dir.report
