@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from zhibei.config.effects import PartsDoNotFit
 from zhibei.config.errors import UserError
 from zhibei.config.foreign import FOREIGN_NAMES
-from zhibei.config.layers import Merged, dotted
+from zhibei.config.layers import COMMAND_LINE, Merged, dotted
 from zhibei.config.words import describe, field_at, leaf_fields, sections_of
 from zhibei.config.yaml_tree import KeyPath
 
@@ -48,11 +48,11 @@ def show_value(value: Any) -> str:
     return f"the number {value:g}" if isinstance(value, float) else f"the number {value}"
 
 
-def _reading_order(fault: UserError) -> tuple[str, int, int]:
+def _reading_order(fault: UserError) -> tuple[bool, str, int, int]:
     source, *place = fault.where.split(":")
     numbers = [int(part) for part in place if part.strip().isdigit()]
     line, column, *_ = [*numbers, 0, 0]
-    return source, line, column
+    return source == COMMAND_LINE, source, line, column
 
 
 def _real_path(loc: KeyPath, values: Any, kind: str) -> KeyPath:
@@ -143,7 +143,7 @@ def _missing(path: KeyPath, merged: Merged) -> UserError:
         f"{dotted(path)} is missing",
         expected=describe(*wanted) if wanted else "a value",
         fix=f"add it, for example  {example}",
-        where=layer.source if layer and layer.source != "command line" else "run file",
+        where=layer.source if layer and layer.source != COMMAND_LINE else "run file",
     )
 
 

@@ -19,6 +19,8 @@ DEFAULT = "default"
 PLANNED = "planned"
 EVALUATIONS_PER_RUN = 10
 FULL_LEARNING_RATE = 2e-5  # Stanford Alpaca's README, LLaMA-7B, batch 128
+# What YAML 1.2 does not take unescaped inside double quotes, and the characters it reads as line breaks.
+UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 ADAPTER_LEARNING_RATE = 2e-4  # the QLoRA paper's choice for 7B and 13B (arXiv:2305.14314, table 9)
 
 
@@ -141,4 +143,9 @@ def _text(value: str) -> str:
     )
     if is_plain and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off", "y", "n"):
         return value
-    return json.dumps(value, ensure_ascii=True)
+    return UNPRINTABLE.sub(_escaped, json.dumps(value, ensure_ascii=False))
+
+
+def _escaped(sign: re.Match[str]) -> str:
+    code = ord(sign[0])
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -136,9 +136,8 @@ def parse(text: str, *, source: str) -> Tree:
 
     Raises UserError with line and column on broken YAML, tabs, duplicate keys, tags, and aliases inside themselves.
     """
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(
@@ -149,35 +148,42 @@ def parse(text: str, *, source: str) -> Tree:
         ) from None
     except yaml.MarkedYAMLError as error:
         raise _broken_yaml(error, text, source) from None
-    finally:
-        loader.dispose()
     tree = Tree()
     if node is not None:
         tree.value = _Builder(tree, source).build(node, (), ())
     return tree
 
 
+# Words of PyYAML's message -> what happened, what to do, and whether the place is where the construct was opened.
+BROKEN: list[tuple[str, str, str, bool]] = [
+    ("'\\t'", "a tab is used for indentation", "indent with spaces; YAML does not allow tabs", False),
+    (
+        "expected a single document",
+        "a second YAML document begins here",
+        "keep one document; remove the line ---",
+        False,
+    ),
+    ("mapping values are not allowed", "", 'put a text with ": " in quotes, or check the indentation', False),
+    ("undefined alias", "", "define the anchor (&name) before its alias; put text that begins with * in quotes", False),
+    ("quoted scalar", "", "close the quotes or brackets opened here", True),
+    ("flow sequence", "", "close the quotes or brackets opened here", True),
+    ("flow mapping", "", "close the quotes or brackets opened here", True),
+    ("", "", "check the indentation, the colon and the quotes of this line and the one above", False),
+]
+
+
 def _broken_yaml(error: yaml.MarkedYAMLError, text: str, source: str) -> UserError:
-    mark = error.problem_mark or error.context_mark
-    line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-    lines = text.splitlines()
-    shown = lines[line - 1] if line <= len(lines) else ""
     problem = error.problem or "broken YAML"
-    what = f"not valid YAML ({problem})"
-    fix = "check the indentation, the colon and the quotes of this line and the one above"
-    if "\t" in shown[: len(shown) - len(shown.lstrip())] or "'\\t'" in problem:
-        what, fix = "a tab is used for indentation", "indent with spaces; YAML does not allow tabs"
-    elif "expected a single document" in str(error.context):
-        what, fix = "a second YAML document begins here", "keep one document per file; remove the line ---"
-    elif "mapping values are not allowed" in problem:
-        fix = 'put the value in quotes if it contains ": ", or check the indentation'
-    elif "undefined alias" in problem:
-        fix = "define the anchor (&name) before the alias (*name), or put text that begins with * in quotes"
-    elif "found unexpected end of stream" in problem or "quoted scalar" in str(error.context):
-        fix = "close the quotes or brackets opened above"
-    return UserError(
-        what, expected="a YAML mapping, such as  model: {path: ...}", fix=fix, where=f"{source}:{line}:{column}"
-    )
+    message = f"{error.context} {problem}"
+    lines = text.splitlines()
+    broken_line = lines[error.problem_mark.line] if error.problem_mark and error.problem_mark.line < len(lines) else ""
+    if "\t" in broken_line[: len(broken_line) - len(broken_line.lstrip())]:
+        message = "'\\t'"
+    _, what, fix, is_opening = next(case for case in BROKEN if case[0] in message)
+    mark = (error.context_mark if is_opening else None) or error.problem_mark
+    place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+    expected = "a YAML mapping, such as  model: {path: ...}"
+    return UserError(what or f"not valid YAML ({problem})", expected=expected, fix=fix, where=place)
 
 
 class _Builder:

@@ -1,0 +1,130 @@
+"""Each rule between fields: a broken case that trips it and a healthy one that does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from zhibei.config.effects import RULES, fields_without_effect
+from zhibei.config.errors import SeveralErrors, UserError
+from zhibei.config.read import read_run
+from zhibei.config.run import DataSection, LoraSection, ModelSection, RunFile
+
+GOOD = "model: {path: m}\ndata: {sources: [a.json]}\n"
+
+# (the field that is objected to, settings that break the rule, settings that keep it); in the order of RULES.
+CASES = [
+    ("lora.rank", ["lora.rank=8"], ["lora.rank=8", "model.method=lora"]),
+    ("lora.alpha", ["model.method=lora", "lora.adapter=x", "lora.alpha=8"], ["model.method=lora", "lora.adapter=x"]),
+    ("sft.epochs", ["sft.epochs=1", "sft.max_steps=9"], ["sft.max_steps=9"]),
+    ("sft.warmup_ratio", ["sft.warmup_ratio=0.1", "sft.warmup_steps=9"], ["sft.warmup_ratio=0.1"]),
+    ("sft.decay_ratio", ["sft.decay_ratio=0.1"], ["sft.decay_ratio=0.1", "sft.schedule=wsd"]),
+    ("sft.min_lr_ratio", ["sft.min_lr_ratio=0.1", "sft.schedule=constant"], ["sft.min_lr_ratio=0.1"]),
+    ("sft.sample_prompts", ["sft.sample_prompts=[hi]", "sft.sample_tokens=0"], ["sft.sample_prompts=[hi]"]),
+    ("sft.keep_best", ["sft.keep_best=true", "data.validation=0"], ["sft.keep_best=true"]),
+    (
+        "sft.early_stop_patience",
+        ["sft.early_stop_patience=3", "sft.evaluate_every=0"],
+        ["sft.early_stop_patience=3", "sft.evaluate_every=5"],
+    ),
+    ("data.group_by_length", ["data.group_by_length=true"], ["data.group_by_length=true", "data.packing=false"]),
+    (
+        "data.sources[0].split",
+        ["data.sources=[{path: a.json, split: train}]"],
+        ["data.sources=[{path: owner/set, split: train}]"],
+    ),
+    ("model.attention", ["model.attention=sdpa"], ["model.attention=sdpa", "data.packing=false"]),
+    ("model.quantize", ["model.quantize=int8"], ["model.quantize=int8", "model.method=lora"]),
+    ("model.quantize", ["model.quantize=none", "model.method=qlora"], ["model.method=qlora"]),
+    ("model.attention", ["model.attention=varlen", "device=cpu"], ["model.attention=varlen", "device=cuda"]),
+    ("data.validation", ["data.validation=1"], ["data.validation=0.5"]),
+    ("name", ["name=a/b"], ["name=a-b"]),
+]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_every_rule_has_a_case() -> None:
+    assert len(CASES) == len(RULES)
+
+
+@pytest.mark.parametrize(
+    ("field", "broken", "healthy", "rule"), [(*case, rule) for case, rule in zip(CASES, RULES, strict=True)]
+)
+def test_rule_bites_and_lets_the_healthy_pass(
+    field: str, broken: list[str], healthy: list[str], rule, run_file: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_run(run_file, broken)
+    assert not isinstance(caught.value, SeveralErrors)
+    assert caught.value.what.startswith(f"{field} ")
+    assert rule.why in caught.value.what
+    assert caught.value.fix == rule.fix
+    assert caught.value.where == f"command line: {field}"
+    read_run(run_file, healthy)
+
+
+def test_a_fault_in_the_file_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + "sft:\n  decay_ratio: 0.1\n  max_steps: 3\n  epochs: 2\n")
+    with pytest.raises(SeveralErrors) as caught:
+        read_run(path)
+    assert [error.where for error in caught.value.errors] == [f"{path}:6:3", f"{path}:4:3"]
+
+
+def test_a_recipes_setting_gives_way_to_the_users(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: alpaca-lora-7b\nmodel: {method: full, quantize: none}\n")
+    resolved = read_run(path)
+    assert resolved.run.lora == LoraSection()
+    assert resolved.origins["lora.rank"] == "default"
+    assert (
+        "lora.rank (recipe alpaca-lora-7b) has no effect any more: with model.method: full there are no adapters"
+        in resolved.notes
+    )
+    assert read_run("alpaca-lora-7b", ["sft.max_steps=5"]).run.sft.epochs == 3
+
+
+def test_the_command_line_beats_the_file_but_not_itself(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + "sft: {epochs: 5}\n")
+    resolved = read_run(path, ["sft.max_steps=7"])
+    assert resolved.notes == (
+        "sft.epochs (run.yaml:3) has no effect any more: sft.max_steps decides how long the run is",
+    )
+    assert resolved.origins["sft.epochs"] == "default"
+    path.write_text(GOOD + "sft: {max_steps: 7}\n")
+    with pytest.raises(UserError, match=r"sft\.epochs has no effect"):
+        read_run(path, ["sft.epochs=5"])
+
+
+def test_a_users_own_idle_setting_over_a_recipe_is_a_fault() -> None:
+    with pytest.raises(UserError, match=r"sft\.warmup_ratio has no effect"):
+        read_run("alpaca-lora-7b", ["sft.warmup_ratio=0.1"])
+    read_run("alpaca-lora-7b", ["sft.warmup_ratio=0.1", "sft.warmup_steps=null"])
+
+
+def test_a_conflict_with_a_recipe_is_a_fault_of_the_user() -> None:
+    with pytest.raises(UserError, match=r"sdpa and eager cannot keep packed rows apart"):
+        read_run("alpaca-7b", ["model.attention=eager"])
+
+
+def test_run_files_made_in_python_are_held_to_the_same_rules() -> None:
+    model, data = ModelSection(path="m"), DataSection(sources=["a.json"])
+    RunFile(name="a", model=model, data=data)
+    with pytest.raises(ValidationError, match="there are no adapters"):
+        RunFile(name="a", model=model, data=data, lora=LoraSection(rank=8))
+
+
+def test_idle_fields_are_listed_set_or_not(run_file: Path) -> None:
+    idle = fields_without_effect(read_run(run_file).run)
+    assert ("sft", "decay_ratio") in idle
+    assert ("lora", "rank") in idle
+    assert ("sft", "epochs") not in idle
