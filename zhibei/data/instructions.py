@@ -93,9 +93,7 @@ def conversation(turns: Turns, row: dict[str, Any], field: str, origin: Origin) 
     used.append("system")
     check_order(turns.messages, field)
     turns, unanswered = split_unanswered(turns, field)
-    extra = rest(row, *used)
-    if turns.has_fields:
-        extra["turn_fields"] = list(turns.fields)
+    extra = rest(row, *used) | turns.kept()
     if unanswered.messages:
         names = [
             {"role": m.role, "content": m.content} | f
@@ -133,8 +131,7 @@ def read_prompt_completion(row: dict[str, Any], origin: Origin) -> list[Record]:
     question, answer = needs(row, asked), needs(row, answered)
     if isinstance(question, list) or isinstance(answer, list):
         turns, more = parse_turns(question, asked), parse_turns(answer, answered)
-        both = Turns(turns.messages + more.messages, turns.fields + more.fields)
-        return [conversation(both, {k: v for k, v in row.items() if k != answered}, asked, origin)]
+        return [conversation(turns + more, {k: v for k, v in row.items() if k != answered}, asked, origin)]
     system = optional_text(row, "system")
     messages = [Message("system", system)] if system.strip() else []
     messages += [Message("user", checked_text(question, asked)), Message("assistant", answer_text(row, answered))]
@@ -166,9 +163,11 @@ def read_prompts(row: dict[str, Any], origin: Origin) -> list[Record]:
     elif isinstance(value, list):
         turns = parse_turns(value, field)
         check_order(turns.messages, field)
+        while turns.messages and turns.messages[-1].role == "assistant":
+            turns, answer_turns = turns.cut(len(turns.messages) - 1)
+            extra["answer_turns"] = [{"role": m.role, "content": m.content} for m in answer_turns.messages]
         messages = list(turns.messages)
-        while messages and messages[-1].role == "assistant":
-            messages.pop()
+        extra |= turns.kept()
         if not messages or messages[-1].role == "system":
             raise Fault(field, "no question", expected="a user turn", fix="remove the record, or on_error: drop")
     else:

@@ -89,90 +89,78 @@ def margin_of(row: dict[str, Any]) -> float | None:
         raise Fault("margin", excerpt(value), expected="a number") from None
 
 
+def is_turns(value: Any) -> bool:
+    """Turns, also as JSON text in the cell of a table."""
+    return not isinstance(value, str) or value.lstrip().startswith('[{"')
+
+
 def side(value: Any, field: str) -> Turns:
     """One answer: text, one turn, or a list of turns."""
-    if isinstance(value, str) and not value.lstrip().startswith('[{"'):
-        if not value.strip():
-            raise Fault(
-                field,
-                "empty answer",
-                expected="some text (a model would learn only that it is longer)",
-                fix="fill it, or on_error: drop",
-            )
-        return Turns((Message("assistant", checked_text(value, field)),), ({},))
-    if isinstance(value, dict):
-        return parse_turns([value], field)
-    return parse_turns(value, field)
+    if is_turns(value):
+        return parse_turns([value] if isinstance(value, dict) else value, field)
+    if not value.strip():
+        raise Fault(field, "empty answer", expected="some text (a model would learn only that it is longer)")
+    return Turns((Message("assistant", checked_text(value, field)),), ({},))
 
 
-def question(row: dict[str, Any], origin_field: str) -> tuple[Message, ...]:
-    """The prompt of a row: text (with `input`), or turns."""
-    value = row[origin_field]
-    if isinstance(value, str) and not value.lstrip().startswith('[{"'):
-        context = row.get("input") or ""
-        return (
-            Message(
-                "user", checked_text(value, origin_field), context=checked_text(context, "input", may_be_empty=True)
-            ),
-        )
-    return parse_turns(value, origin_field).messages
-
-
-def with_system(prompt: tuple[Message, ...], row: dict[str, Any]) -> tuple[Message, ...]:
-    system = row.get("system")
-    if not system:
-        return prompt
-    return (Message("system", checked_text(system, "system")), *prompt)
+def question(row: dict[str, Any], field: str) -> Turns:
+    """The prompt of a row: text (with `input`), or turns; a `system` field goes before it."""
+    turns = Turns((), ())
+    if row.get("system"):
+        turns = Turns((Message("system", checked_text(row["system"], "system")),), ({},))
+    if not field:
+        return turns
+    if is_turns(row[field]):
+        return turns + parse_turns(row[field], field)
+    text, context = checked_text(row[field], field), row.get("input") or ""
+    return turns + Turns((Message("user", text, context=checked_text(context, "input", may_be_empty=True)),), ({},))
 
 
 def read_preference(row: dict[str, Any], origin: Origin) -> list[Record]:
     names = next((pair for pair in ANSWER_FIELDS if pair[0] in row or pair[1] in row), ANSWER_FIELDS[0])
-    for name in names:
-        if name not in row:
-            needs(row, name)
-    chosen, rejected = side(row[names[0]], names[0]), side(row[names[1]], names[1])
+    chosen, rejected = side(needs(row, names[0]), names[0]), side(needs(row, names[1]), names[1])
     field = next((name for name in PROMPT_FIELDS if row.get(name)), "")
+    prompt = question(row, field)
     if field:
-        prompt = question(row, field)
-        parts = with_system(prompt, row), strip_prompt(chosen.messages, prompt), strip_prompt(rejected.messages, prompt)
+        chosen, rejected = without_prompt(chosen, prompt), without_prompt(rejected, prompt)
     else:
         shared = common_prefix(chosen.messages, rejected.messages)
-        parts = with_system(chosen.messages[:shared], row), chosen.messages[shared:], rejected.messages[shared:]
+        (common, chosen), (_, rejected) = chosen.cut(shared), rejected.cut(shared)
+        prompt = prompt + common
+    parts = prompt.messages, chosen.messages, rejected.messages
     check_pair(*parts)
-    extra = rest(row, field, *names, "system", "input", "margin")
+    extra = rest(row, field, *names, "system", "input", "margin") | (prompt + chosen + rejected).kept()
     return [Preference(*parts, origin, margin=margin_of(row), extra=extra)]
 
 
-def strip_prompt(answer: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+def without_prompt(answer: Turns, prompt: Turns) -> Turns:
     """Some data sets repeat the prompt inside of both answers."""
-    return answer[len(prompt) :] if len(answer) > len(prompt) and answer[: len(prompt)] == prompt else answer
+    size = len(prompt.messages)
+    repeats = len(answer.messages) > size and answer.messages[:size] == prompt.messages
+    return answer.cut(size)[1] if repeats else answer
 
 
 def label_of(row: dict[str, Any]) -> bool:
     """KTO's thumb: true or false, also as 1/0 or text."""
     field = present_name(row, ("label", "kto_tag"), "label")
-    value = row[field]
-    known = LABELS.get(str(value).strip().lower())
+    known = LABELS.get(str(row[field]).strip().lower())
     if known is None:
-        raise Fault(field, f"{excerpt(value)!r}", expected="true or false")
+        raise Fault(field, f"{excerpt(row[field])!r}", expected="true or false")
     return known
 
 
 def read_kto(row: dict[str, Any], origin: Origin) -> list[Record]:
     is_good = label_of(row)
-    used = ["label", "kto_tag", "system"]
-    turns_field = next((name for name in ("messages", "conversations") if name in row), None)
-    if turns_field:
-        messages = with_system(parse_turns(row[turns_field], turns_field).messages, row)
-        check_order(messages, turns_field)
-        if messages[-1].role != "assistant":
-            raise Fault(turns_field, "does not end with an answer", expected="an assistant turn at the end")
-        used.append(turns_field)
-        return [Judged(messages[:-1], messages[-1:], is_good, origin, extra=rest(row, *used))]
-    field = present_name(row, PROMPT_FIELDS, "prompt")
-    name = present_name(row, ("completion", "response", "output", "answer"), "completion")
-    prompt, answer = with_system(question(row, field), row), side(row[name], name).messages
-    check_order(prompt + answer, f"{field}+{name}")
-    if answer[-1].role != "assistant":
-        raise Fault(name, "does not end with an answer", expected="an assistant turn")
-    return [Judged(prompt, answer, is_good, origin, extra=rest(row, field, name, "input", *used))]
+    field = next((name for name in ("messages", "conversations") if name in row), "")
+    if field:
+        turns, name = question(row, field), field
+        prompt, answer = turns.cut(len(turns.messages) - 1)
+    else:
+        field = present_name(row, PROMPT_FIELDS, "prompt")
+        name = present_name(row, ("completion", "response", "output", "answer"), "completion")
+        prompt, answer = question(row, field), side(row[name], name)
+    check_order(prompt.messages + answer.messages, field)
+    if answer.messages[-1].role != "assistant":
+        raise Fault(name, "does not end with an answer", expected="an assistant turn at the end")
+    extra = rest(row, field, name, "input", "label", "kto_tag", "system") | (prompt + answer).kept()
+    return [Judged(prompt.messages, answer.messages, is_good, origin, extra=extra)]

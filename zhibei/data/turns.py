@@ -62,9 +62,16 @@ class Turns:
     messages: tuple[Message, ...]
     fields: tuple[dict[str, Any], ...]
 
-    @property
-    def has_fields(self) -> bool:
-        return any(self.fields)
+    def __add__(self, other: Turns) -> Turns:
+        return Turns(self.messages + other.messages, self.fields + other.fields)
+
+    def cut(self, at: int) -> tuple[Turns, Turns]:
+        """The first `at` turns, and the rest."""
+        return Turns(self.messages[:at], self.fields[:at]), Turns(self.messages[at:], self.fields[at:])
+
+    def kept(self) -> dict[str, Any]:
+        """The fields of the turns as an entry of `extra`, if there are any."""
+        return {"turn_fields": list(self.fields)} if any(self.fields) else {}
 
 
 def role_of(name: Any, field: str) -> Role:
@@ -252,5 +259,4 @@ def split_unanswered(turns: Turns, field: str) -> tuple[Turns, Turns]:
             expected="at least one assistant turn",
             fix="add the answer, on_error: drop, or format: prompts to use it as a question",
         )
-    cut = last + 1
-    return Turns(turns.messages[:cut], turns.fields[:cut]), Turns(turns.messages[cut:], turns.fields[cut:])
+    return turns.cut(last + 1)
