@@ -75,7 +75,7 @@ def test_anchors_and_merge_keys_with_own_keys_winning() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1), inner, max_size=3),
     max_leaves=8,
 )
@@ -182,7 +182,7 @@ def test_resolved_file_shows_origins_and_idle_fields(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cutoff_len", "per_device_train_batch_size", "num_train_epochs", "lr", "lora_r", "bf16"]
+    "name", ["cutoff_len", "per_device_train_batch_size", "num_train_epochs", "lr", "lora_r", "bf16", "optim"]
 )
 def test_names_of_other_tools_point_to_ours(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:

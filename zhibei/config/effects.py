@@ -163,19 +163,19 @@ RULES: list[Rule] = [
         "only hub data sets have splits and subsets, and this path is a file",
         "remove it",
     ),
+    _no_effect(
+        lambda run: run.model.method == "full" and run.model.quantize != "none",
+        "model.quantize",
+        "model.method",
+        "model.quantize holds a frozen base, and with model.method: full there is none",
+        "set model.method: qlora, or remove model.quantize",
+    ),
     _conflict(
         lambda run: run.data.packing and run.model.attention in ("sdpa", "eager"),
         "model.attention",
         "data.packing",
         "sdpa and eager cannot keep packed rows apart",
         "set model.attention: auto, or data.packing: false",
-    ),
-    _conflict(
-        lambda run: run.model.method == "full" and run.model.quantize != "none",
-        "model.quantize",
-        "model.method",
-        "model.quantize holds a frozen base, and with model.method: full there is none",
-        "set model.method: qlora, or remove model.quantize",
     ),
     _conflict(
         lambda run: (

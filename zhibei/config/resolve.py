@@ -6,6 +6,7 @@ Knows what the run file alone decides; not the data, the model or the machine.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,9 +139,7 @@ def yaml_value(value: Any) -> str:
 
 def _text(value: str) -> str:
     """Bare where that is plainly safe, else a JSON string, which YAML reads alike."""
-    is_plain = (
-        value and all(sign.isalnum() or sign in "-_./" for sign in value) and value.isascii() and value[0].isalpha()
-    )
+    is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", value)
     if is_plain and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off", "y", "n"):
         return value
     return UNPRINTABLE.sub(_escaped, json.dumps(value, ensure_ascii=False))
