@@ -38,7 +38,14 @@ def play(mode: Any, records: list[dict[str, Any]], *, seconds_per_record: float 
     return stream.getvalue()
 
 
-STARTED = {"kind": "event", "step": 0, "event": "started", "text": "", "total_steps": 40, "total_rows": 320}
+STARTED = {
+    "kind": "event",
+    "step": 0,
+    "event": "started",
+    "text": "all weights learn",
+    "total_steps": 40,
+    "total_rows": 320,
+}
 HELDOUT = {"kind": "heldout", "step": 20, "loss": 1.5, "perplexity": 4.4817, "is_best": True}
 FINISHED = {"kind": "event", "step": 40, "event": "finished", "text": "the model is in model/"}
 RUN = [STARTED, *map(train, range(1, 21)), HELDOUT, *map(train, range(21, 41)), FINISHED]
@@ -48,7 +55,7 @@ def test_plain_lines_are_sparse_and_complete() -> None:
     lines = play("plain", RUN).splitlines()
     steps = [line.split("/")[0] for line in lines if "/40" in line]
     assert steps == ["step 1", "step 11", "step 20", "step 21", "step 31", "step 40"]
-    assert lines[0] == "started: 40 steps, 320 rows"
+    assert lines[0] == "started: all weights learn; 40 steps, 320 rows"
     assert "step 20: held-out loss 1.5000, perplexity 4.48, best so far" in lines
     assert lines[-1] == "step 40: finished: the model is in model/"
     assert lines[2] == (

@@ -21,6 +21,7 @@ INPUT_OF_SECTION = {
     "key_figures": "metrics.jsonl",
     "curves": "metrics.jsonl",
     "samples": "samples",
+    "events": "metrics.jsonl",
     "proofs": "proofs.json",
     "audit": "audit.json",
     "dropped_rows": "ledger.jsonl",
@@ -253,3 +254,26 @@ def test_dropped_rows_are_counted_by_reason(run_dir: RunDir) -> None:
     assert '<td>longer than max_tokens (1024)</td><td class="number">41</td>' in body
     assert '<td>the answer is empty</td><td class="number">1</td>' in body
     assert "data/alpaca.json #7 (line 43)" in body
+
+
+def test_totals_of_a_finished_run_are_those_of_its_manifest(tmp_path: Path) -> None:
+    run_dir = fake_run(tmp_path / "run", num_steps=100)
+    records = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
+    kept = [record for record in records if record["kind"] != "train" or record["step"] % 10 == 0]
+    run_dir.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    logged = sum(record["tokens"] for record in kept if record["kind"] == "train")
+    figures = key_figures(read_inputs(run_dir))
+    assert (figures["tokens"], figures["tokens_are_estimated"]) == (logged * 10, True)
+    assert "estimated: not every step was logged" in SECTIONS["key_figures"](read_inputs(run_dir)).body
+    run_dir.manifest.write_text(json.dumps({"finished": {"tokens": 123, "learned_tokens": 45, "model_step": 70}}))
+    figures = key_figures(read_inputs(run_dir))
+    assert (figures["tokens"], figures["supervised_tokens"], figures["tokens_are_estimated"]) == (123, 45, False)
+
+
+def test_an_early_stop_is_said(tmp_path: Path) -> None:
+    run_dir = fake_run(tmp_path / "run", num_steps=100)
+    with run_dir.metrics.open("a") as file:
+        file.write(json.dumps({"kind": "event", "step": 100, "event": "early stop", "text": "no gain in 3"}) + "\n")
+    body = SECTIONS["verdict"](read_inputs(run_dir)).body
+    assert "Stopped early: " in body
+    assert "no gain in 3" in body

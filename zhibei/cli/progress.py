@@ -182,7 +182,7 @@ class ProgressLine:
             self._total_steps = int(record["total_steps"])
         is_bad = event in ("stopped", "warning")
         if is_bad or self.mode != "quiet":
-            text = str(record.get("text") or started_text(record) or event)
+            text = "; ".join(part for part in (str(record.get("text") or ""), started_text(record)) if part) or event
             self._last_line(
                 record, text if text.startswith(event) else f"{event}: {text}", style="red" if is_bad else ""
             )
@@ -270,7 +270,7 @@ def as_json_line(record: dict[str, Any]) -> str:
 
 
 def started_text(record: dict[str, Any]) -> str:
-    """What a 'started' event says when it brings figures but no text."""
+    """The figures that a 'started' event brings."""
     names = {
         "total_steps": "steps",
         "total_rows": "rows",

@@ -94,7 +94,7 @@ def linear_ticks(low: float, high: float, *, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within low..high (powers alone over more than three decades); linear if hardly any."""
+    """1, 2 and 5 times powers of ten within low..high (only powers over more than three decades); linear if few."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1,) if high > 1000 * low else (1, 2, 5)
     ticks = [factor * 10.0**exponent for exponent in exponents for factor in factors]

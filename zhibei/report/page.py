@@ -7,9 +7,9 @@ from pathlib import Path
 
 from zhibei.report.html import Section, both, page
 from zhibei.report.inputs import RunInputs, read_inputs
-from zhibei.report.provenance import PROVENANCE_SECTIONS, last_written
+from zhibei.report.provenance import PROVENANCE_SECTIONS
 from zhibei.report.rows import ROW_SECTIONS
-from zhibei.report.training import TRAINING_SECTIONS
+from zhibei.report.training import TRAINING_SECTIONS, written_at
 from zhibei.store.files import write_text_atomic
 from zhibei.store.run_dir import RunDir
 
@@ -24,6 +24,7 @@ TRAINING_PAGE = (
     "dropped_rows",
     "run_file",
     "manifest",
+    "events",
     "files",
     "commands",
 )
@@ -36,9 +37,10 @@ def write_report(run_dir: RunDir, *, sections: Sequence[str] = TRAINING_PAGE) ->
     stops it: the section says what is missing. `sections`: names from SECTIONS, in their order on the page.
     """
     inputs = read_inputs(run_dir)
-    when = last_written(inputs)
-    subtitle = both(f"training report, last record {when}", f"训练报告，最后记录 {when}") if when else both(
-        "training report", "训练报告")  # fmt: skip
+    when = max(map(written_at, [*inputs.train[-1:], *inputs.heldout[-1:], *inputs.events[-1:]]), default="")
+    subtitle = both("training report", "训练报告")
+    if when:
+        subtitle += both(f", last record {when} UTC", f"，最后记录 {when} UTC")
     text = page(run_dir.path.resolve().name, subtitle=subtitle, sections=[SECTIONS[name](inputs) for name in sections])
     write_text_atomic(run_dir.report, text)
     return run_dir.report

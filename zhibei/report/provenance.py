@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from zhibei.report.html import Markup, Section, both, escape, figure, join, missing, nested, note, size_of, table, tag
-from zhibei.report.inputs import RunInputs, seconds_since_epoch
+from zhibei.report.inputs import RunInputs
 
 MOST_FILES = 60
 RESULTS = {
@@ -123,15 +122,6 @@ def commands(inputs: RunInputs) -> Section:
         for command, english, chinese in lines
     )
     return Section("What next", "下一步", tag("pre", shown, class_="code commands"))
-
-
-def last_written(inputs: RunInputs) -> str:
-    """When the newest record was written, in UTC; empty if unknown."""
-    records = [*inputs.train[-1:], *inputs.heldout[-1:], *inputs.events[-1:]]
-    times = [time for time in (seconds_since_epoch(record.get("time")) for record in records) if time is not None]
-    if not times:
-        return ""
-    return datetime.fromtimestamp(max(times), tz=timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 PROVENANCE_SECTIONS: dict[str, Callable[[Any], Section]] = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import Any
 
 from zhibei.report.curves import Chart, Series, draw, smooth, smoothing_window
-from zhibei.report.html import Markup, Section, both, duration, escape, figure, join, missing, note, tag
-from zhibei.report.inputs import RunInputs, SamplePanel, finite
+from zhibei.report.html import Markup, Section, both, duration, escape, figure, join, missing, note, table, tag
+from zhibei.report.inputs import RunInputs, SamplePanel, finite, seconds_since_epoch
 
 MOST_PANELS = 12
+MOST_EVENTS = 200
 # event -> (class of the verdict, English, Chinese)
 ENDS = {
     "finished": ("good", "Finished", "已完成"),
@@ -29,6 +31,12 @@ def key_figures(inputs: RunInputs) -> dict[str, Any]:
     last = heldout[-1] if heldout else None
     base = next((record for record in heldout if record["step"] == 0), None)
     tokens, supervised = total(train, "tokens"), total(train, "supervised_tokens")
+    share = supervised / tokens if tokens and supervised is not None else None
+    # With log.every > 1 the records cover only some steps; the manifest of a finished run has the exact sums.
+    finished = inputs.manifest.get("finished")
+    sums = finished if isinstance(finished, dict) else {}
+    is_partial = bool(train) and len(train) < train[-1]["step"]
+    scale = train[-1]["step"] / len(train) if is_partial else 1
     skipped = sum(bool(record.get("skipped")) for record in train)
     step_seconds = total(train, "seconds")
     end = next((event for event in reversed(inputs.events) if event.get("event") in ENDS), None)
@@ -46,9 +54,11 @@ def key_figures(inputs: RunInputs) -> dict[str, Any]:
         "best_heldout_loss": best["loss"] if best else None,
         "best_step": best["step"] if best else None,
         "base_heldout_loss": base["loss"] if base else None,
-        "tokens": None if tokens is None else int(tokens),
-        "supervised_tokens": None if supervised is None else int(supervised),
-        "supervised_share": supervised / tokens if tokens and supervised is not None else None,
+        "model_step": sums.get("model_step"),
+        "tokens": sums.get("tokens") or (None if tokens is None else round(tokens * scale)),
+        "supervised_tokens": sums.get("learned_tokens") or (None if supervised is None else round(supervised * scale)),
+        "tokens_are_estimated": is_partial and "tokens" not in sums,
+        "supervised_share": share,
         "seconds": inputs.seconds or None,
         "tokens_per_s": tokens / step_seconds if tokens and step_seconds else None,
         "peak_gib": largest(train, "peak_gib"),
@@ -97,6 +107,9 @@ def verdict(inputs: RunInputs) -> Section:
     if figures["resumed_at_steps"]:
         listed = ", ".join(f"{step:,}" if isinstance(step, int) else "?" for step in figures["resumed_at_steps"])
         lines.append(tag("p", both(f"Resumed after step {listed}.", f"曾从第 {listed} 步之后恢复。")))
+    for event in inputs.events:
+        if event.get("event") == "early stop":
+            lines.append(tag("p", tag("span", both("Stopped early: ", "提前停止：")) + str(event.get("text", ""))))
     if inputs.num_replaced_steps:
         count = f"{inputs.num_replaced_steps:,}"
         lines.append(
@@ -140,6 +153,8 @@ def key_figure_tiles(inputs: RunInputs) -> Section:
     if figures["tokens"] is not None:
         share = figures["supervised_share"]
         small = both(f"{share:.1%} supervised", f"其中 {share:.1%} 参与损失") if share is not None else None
+        if figures["tokens_are_estimated"]:
+            small = (small or Markup("")) + both(", estimated: not every step was logged", "，估计值：并非每步都有记录")
         tiles.append(tile("tokens trained", "训练词元数", f"{figures['tokens']:,}", small=small))
     if figures["seconds"] is not None:
         tiles.append(tile("time", "用时", duration(figures["seconds"])))
@@ -283,9 +298,37 @@ def sample(row: dict[str, Any]) -> Markup:
     )
 
 
+def events(inputs: RunInputs) -> Section:
+    """Starts, saves, notes and stops, in order."""
+    if not inputs.events:
+        return Section("Events", "事件", missing("No event was recorded.", "没有任何事件记录。"))
+    rows = []
+    for event in inputs.events[-MOST_EVENTS:]:
+        step = event.get("step")
+        name, text = event.get("event", ""), tag("span", event.get("text", ""), class_="text", dir="auto")
+        rows.append([f"{step:,}" if isinstance(step, int) else "", written_at(event), name, text])
+    head = [both("step", "步"), both("time, UTC", "时间（UTC）"), both("event", "事件"), both("what", "内容")]
+    shown = table(head, rows, numeric=[0])
+    if len(inputs.events) > MOST_EVENTS:
+        rest = f"{len(inputs.events) - MOST_EVENTS:,}"
+        shown += note(f"{rest} earlier events are in metrics.jsonl", f"另有更早的 {rest} 个事件，见 metrics.jsonl")
+    count = f"{len(inputs.events):,}"
+    summary = tag("summary", both(f"show {count} events", f"展开 {count} 个事件"))
+    return Section("Events", "事件", tag("details", summary + shown))
+
+
+def written_at(record: dict[str, Any]) -> str:
+    """When a record was written, in UTC; empty if unknown."""
+    seconds = seconds_since_epoch(record.get("time"))
+    if seconds is None or not 0 <= seconds < 1e11:
+        return ""
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
 TRAINING_SECTIONS: dict[str, Callable[[RunInputs], Section]] = {
     "verdict": verdict,
     "key_figures": key_figure_tiles,
     "curves": curves,
     "samples": samples,
+    "events": events,
 }
