@@ -80,7 +80,7 @@ def load_for_inference(
     """A run directory, Hugging Face folder, hub id or adapter folder, ready to sample from."""
     place = choose_device(device)
     found = locate(path, base=base)
-    need = Need(device=place, precision=choose_precision(precision, place), packing=False)
+    need = Need(device=place, precision=choose_precision(precision, place), packing=False, longest_row=0)
     hf = load_weights(found, ModelSection(path=path), need, attention_name="auto")
     if found.adapter is not None:
         hf = _with_adapter(hf, found.adapter)
