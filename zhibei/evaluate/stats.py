@@ -1,0 +1,116 @@
+"""How sure a share or a difference of shares is. Knows counts, not models, tasks or files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import NormalDist
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `total`, with the interval that holds the true share with the stated confidence."""
+
+    right: int
+    total: int
+    low: float
+    high: float
+
+    @property
+    def score(self) -> float:
+        return self.right / self.total
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same questions. `difference` is the second's share less the first's."""
+
+    gained: int
+    """Questions only the second answers rightly."""
+    lost: int
+    """Questions only the first answers rightly."""
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided, exact McNemar: how likely a split at least this uneven is if neither is better."""
+
+
+def wilson(right: int, total: int, *, confidence: float = 0.95) -> Share:
+    """A share with its score interval (Wilson 1927, JASA 22:209-212), which stays within 0 and 1 and has a width
+    even when none or all are right.
+
+    Raises ValueError when `right` is not within 0 and `total`, or `total` is 0.
+    """
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"{right} of {total} is no share")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = right / total
+    scale = 1 + z * z / total
+    middle = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    # At the ends the formula is exact; without the clamp rounding would leave 1e-17 or 1 + 1e-16.
+    low = 0.0 if right == 0 else max(0.0, middle - half)
+    high = 1.0 if right == total else min(1.0, middle + half)
+    return Share(right, total, low, high)
+
+
+def mcnemar_exact(gained: int, lost: int) -> float:
+    """Two-sided p-value of McNemar's test in its exact form: a fair coin decides each discordant question.
+
+    McNemar 1947, Psychometrika 12:153-157; the binomial form after Mosteller 1952, Biometrics 8:220-226.
+    """
+    num_discordant = gained + lost
+    if num_discordant == 0:
+        return 1.0
+    tail = sum(math.comb(num_discordant, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**num_discordant)
+
+
+def compare_paired(
+    first: Sequence[bool], second: Sequence[bool], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> Paired:
+    """Second model against first on the same questions: difference of shares, paired bootstrap interval, p-value.
+
+    The bootstrap draws questions with replacement and takes percentiles (Efron 1979, Ann. Statist. 7:1-26). Only the
+    three outcomes gained, lost and equal matter, so a resample is a draw of their counts.
+
+    Raises ValueError when the two differ in length or are empty.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} and {len(second)} answers cannot be paired")
+    total = len(first)
+    outcomes = [int(after) - int(before) for before, after in zip(first, second, strict=True)]
+    gained, lost = outcomes.count(1), outcomes.count(-1)
+    random = Random(seed)
+    weights = (gained, lost, total - gained - lost)
+    drawn = sorted(sum(random.choices((1, -1, 0), weights, k=total)) / total for _ in range(num_resamples))
+    cut = (1 - confidence) / 2
+    low, high = _quantile(drawn, cut), _quantile(drawn, 1 - cut)
+    return Paired(gained, lost, (gained - lost) / total, low, high, mcnemar_exact(gained, lost))
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of independent values with its normal interval, mean -/+ z s / sqrt(n); low and high are the mean for n = 1.
+
+    Raises ValueError for no values.
+    """
+    if not values:
+        raise ValueError("no values, no mean")
+    num_values = len(values)
+    mean = math.fsum(values) / num_values
+    if num_values == 1:
+        return mean, mean, mean
+    variance = math.fsum((value - mean) ** 2 for value in values) / (num_values - 1)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance / num_values)
+    return mean, mean - half, mean + half
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear between the neighbours, as numpy's default."""
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
