@@ -52,6 +52,7 @@ def make_app(verb: str = "") -> App:
         help_format="plaintext",
         version=__version__,
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
         default_parameter=Parameter(negative=(), show_default=_shown_default),
     )
     for order, (name, (target, purpose)) in enumerate(COMMANDS.items()):
@@ -62,7 +63,7 @@ def make_app(verb: str = "") -> App:
 
 def _shown_default(value: object) -> object:
     """A switch that is off and an option left open need no `[default: ...]`."""
-    return None if value in (False, None, "", ()) else value
+    return None if value is False or value is None or value in ("", ()) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
