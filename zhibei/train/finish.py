@@ -97,9 +97,7 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     """Read the written model back and compare tensors, logits, tokenizer and template with the ones in memory."""
     model = materials.model
     base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
-    read_back = load_for_inference(
-        str(folder), device=str(materials.device), precision=materials.precision, base=base
-    )
+    read_back = load_for_inference(str(folder), device=str(materials.device), precision=materials.precision, base=base)
     mine = dict(model.hf.named_parameters())
     theirs = dict(read_back.hf.named_parameters())
     differing = [
@@ -133,4 +131,3 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
 def probe_row(materials: Materials) -> Any:
     rows = materials.rows.train
     return rows.tokens[: min(int(rows.borders[1]), PROBE_TOKENS)].astype("int64")
-

@@ -1,4 +1,4 @@
-"""What a supervised run works with, made from its run file: tokenizer, template, rows, model, batches. Knows no loop."""
+"""What a supervised run works with, made from its run file: tokenizer, template, rows, model, batches. No loop."""
 
 from __future__ import annotations
 
@@ -57,7 +57,12 @@ class Materials:
         return self.resolved.run
 
 
-def gather(resolved: ResolvedRun, *, on_rows: Callable[..., None] | None = None) -> Materials:
+def gather(
+    resolved: ResolvedRun,
+    *,
+    on_rows: Callable[..., None] | None = None,
+    on_audit: Callable[[PreparedSet], None] | None = None,
+) -> Materials:
     """Read, render, mask and audit all rows first (cheap to be wrong about), then load the model.
 
     Raises UserError for whatever is wrong with the run file, rows, tokenizer, model or device.
@@ -68,6 +73,8 @@ def gather(resolved: ResolvedRun, *, on_rows: Callable[..., None] | None = None)
     tokenizer = load_run_tokenizer(run)
     template = find_template(run.data.template, tokenizer)
     rows = prepare(run, tokenizer, template, on_rows=on_rows)
+    if on_audit is not None:
+        on_audit(rows)
     batches, heldout = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
     resolved = with_planned(resolved, {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)})
     run = resolved.run
@@ -109,6 +116,34 @@ def gather(resolved: ResolvedRun, *, on_rows: Callable[..., None] | None = None)
         plain_loss_sum=token_loss(head),
         notes=(*resolved.notes, *tokenizer.notes),
     )
+
+
+def plan_without_model(
+    resolved: ResolvedRun, *, on_rows: Callable[..., None] | None = None
+) -> tuple[PreparedSet, dict[str, Any]]:
+    """The audited rows and what would be trained on them; no weights are loaded and no run directory is made."""
+    run = resolved.run
+    device = choose_device(run.device)
+    precision = choose_precision(run.model.precision, device)
+    tokenizer = load_run_tokenizer(run)
+    rows = prepare(run, tokenizer, find_template(run.data.template, tokenizer), on_rows=on_rows)
+    batches, _ = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
+    run = with_planned(resolved, plan_intervals(run, num_steps=batches.num_steps)).run
+    return rows, {
+        "run_directory": str(run_dir_of(run).path),
+        "model": run.model.path,
+        "method": run.model.method,
+        "precision": f"{precision} on {device}",
+        "template": rows.template,
+        "training_rows": len(rows.train),
+        "held_out_rows": len(rows.heldout),
+        "tokens_per_epoch": int(rows.train.lengths.sum()),
+        "optimiser_steps": batches.num_steps,
+        "passes_in_first_step": len(batches.micro_batches(0)),
+        "learning_rate": run.sft.learning_rate,
+        "evaluate_every": run.sft.evaluate_every,
+        "save_every": run.sft.save_every,
+    }
 
 
 def load_run_tokenizer(run: RunFile) -> Tokenizer:

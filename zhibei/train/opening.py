@@ -1,4 +1,4 @@
-"""Opens a run directory: refuses to overwrite, writes what describes the run, or finds where to resume. Knows no loop."""
+"""Opens a run directory: refuses to overwrite, describes the run in it, or finds where to resume. Knows no loop."""
 
 from __future__ import annotations
 

@@ -49,9 +49,7 @@ def make_panel(run: RunFile, heldout: PreparedRows, tokenizer: Tokenizer, templa
     if run.sft.sample_tokens == 0:
         return None
     if run.sft.sample_prompts:
-        rendered = [
-            template.render((Message("user", text),), answer_next=True).text for text in run.sft.sample_prompts
-        ]
+        rendered = [template.render((Message("user", text),), answer_next=True).text for text in run.sft.sample_prompts]
         prompts, texts = [tokenizer.encode(text) for text in rendered], list(run.sft.sample_prompts)
     else:
         prompts = [heldout_prompt(heldout, number) for number in range(min(NUM_HELDOUT_PROMPTS, len(heldout)))]
@@ -60,7 +58,10 @@ def make_panel(run: RunFile, heldout: PreparedRows, tokenizer: Tokenizer, templa
     if not prompts:
         return None
     options = SamplingOptions(
-        max_new_tokens=run.sft.sample_tokens, temperature=0.0, stop_strings=template.stop_strings, overflow="fewer_tokens"
+        max_new_tokens=run.sft.sample_tokens,
+        temperature=0.0,
+        stop_strings=template.stop_strings,
+        overflow="fewer_tokens",
     )
     return Panel(prompts, texts, options, tokenizer.stop_ids(template.terminator), tokenizer)
 

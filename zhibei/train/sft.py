@@ -11,6 +11,7 @@ from pathlib import Path
 
 from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.config.resolve import ResolvedRun
+from zhibei.data.prepared import PreparedSet
 from zhibei.store.checkpoint import prune
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
@@ -33,10 +34,12 @@ def train(
     watch: Watch = ignore,
     resume: RunDir | None = None,
     on_rows: Callable[..., None] | None = None,
+    on_audit: Callable[[PreparedSet], None] | None = None,
 ) -> RunDir:
     """Teach the model the supervised tokens of its rows; returns the run directory with the finished model.
 
-    `resume` continues that run from its newest sound checkpoint. `on_rows` is told how preparation goes.
+    `resume` continues that run from its newest sound checkpoint. `on_rows` is told how preparation goes,
+    `on_audit` gets the audited rows before any weight is loaded.
 
     Raises UserError before anything is written when the run cannot work, RunInterrupted after a signal (state saved),
     and NonFiniteStep (exit code 3) when loss or gradients stop being finite.
@@ -44,7 +47,7 @@ def train(
     run_dir = resume or run_dir_of(resolved.run)
     if resume is None:
         refuse_existing(run_dir)
-    materials = gather(resolved, on_rows=on_rows)
+    materials = gather(resolved, on_rows=on_rows, on_audit=on_audit)
     if resume is None:
         progress, notes = open_new(run_dir, materials, describe(materials)), []
     else:

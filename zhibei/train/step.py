@@ -85,6 +85,10 @@ class Stepper:
         self.max_grad_norm = max_grad_norm
         self.scale = LossScale(enabled=model.dtype == torch.float16)
         self._sums: dict[str, torch.Tensor] = {}
+        self._is_summing = False
+        for name, parameter in optimizer.parameters.items():
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(self._sum_in_fp32(name))
 
     def step(self, micro_batches: Sequence[Batch], *, learning_rate: float) -> StepRecord:
         """Forward and backward of every micro-batch, then one update.
@@ -100,14 +104,13 @@ class Stepper:
                 fix="look at the mask with: zhibei data show",
                 where="data.supervise",
             )
+        self._is_summing = len(micro_batches) > 1
         total = torch.zeros((), device=self.model.device)
         for batch in micro_batches:
             batch_sum = self.loss_sum(self.model, batch.to(self.model.device))
             (batch_sum * (self.scale.value / num_units)).backward()
             total += batch_sum.detach()
-            if len(micro_batches) > 1:
-                self._collect()
-        gradients = self._gradients(len(micro_batches) > 1)
+        gradients = self._gradients()
         norm = global_norm(gradients) / self.scale.value
         # The one wait for the device in a step: a bad step must be seen before it is applied.
         loss, grad_norm = (torch.stack([total / num_units, norm])).tolist()
@@ -126,21 +129,23 @@ class Stepper:
         self.scale.went_well()
         return record
 
-    def _collect(self) -> None:
-        """Add this micro-batch's gradients in fp32: bf16 sums over many micro-batches lose the small ones."""
-        for name, parameter in self.optimizer.parameters.items():
-            if parameter.grad is None:
-                continue
+    def _sum_in_fp32(self, name: str) -> Callable[[torch.Tensor], None]:
+        """Several passes are summed in fp32 (bf16 sums lose small gradients); each gradient is freed once added."""
+
+        def hook(parameter: torch.Tensor) -> None:
+            if not self._is_summing or parameter.grad is None:
+                return
             if name in self._sums:
                 self._sums[name].add_(parameter.grad)
             else:
-                self._sums[name] = parameter.grad.float() if parameter.dtype != torch.float32 else parameter.grad
+                self._sums[name] = parameter.grad.float()
             parameter.grad = None
 
-    def _gradients(self, collected: bool) -> dict[str, torch.Tensor]:
-        if collected:
-            return self._sums
-        return {name: p.grad for name, p in self.optimizer.parameters.items() if p.grad is not None}
+        return hook
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        plain = {name: p.grad for name, p in self.optimizer.parameters.items() if p.grad is not None}
+        return {**plain, **self._sums}
 
     def _forget_gradients(self) -> None:
         self._sums = {}
