@@ -1,0 +1,236 @@
+"""A model that speaks: weights, tokenizer and the template it was trained with, as one. Knows no terminal.
+
+The prompt comes from the same Template object that rendered the training rows, and ends where training taught it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zhibei.config.errors import UserError
+from zhibei.config.read import read_run
+from zhibei.generate.options import SamplingOptions
+from zhibei.generate.sampler import Answer, Piece, generate, stream
+from zhibei.model.language_model import LanguageModel
+from zhibei.model.load import load_for_inference
+from zhibei.model.locate import Located, locate
+from zhibei.store.files import read_json
+from zhibei.text.families import TEMPLATES, find_template
+from zhibei.text.jinja import JinjaTemplate
+from zhibei.text.messages import Message
+from zhibei.text.template import Template
+from zhibei.text.tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# The share of the context that the history leaves to the answer, at least.
+ANSWER_SHARE = 1 / 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model gets: token ids, how many of the oldest messages did not fit, and what a person should know."""
+
+    tokens: list[int]
+    num_dropped: int = 0
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model with its tokenizer and template. `notes` say what a person should know before talking to it."""
+
+    name: str
+    model: LanguageModel
+    tokenizer: Tokenizer
+    template: Template
+    notes: tuple[str, ...] = ()
+    uses_adapters: bool = True
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Most tokens of prompt and answer together; None when the model states no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.model.hf is not self.model.inner
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """EOS, the template's terminator, and what the model's generation_config.json names."""
+        own = getattr(self.model.inner.generation_config, "eos_token_id", None)
+        named = own if isinstance(own, list) else [] if own is None else [own]
+        return tuple(dict.fromkeys((*self.tokenizer.stop_ids(self.template.terminator), *named)))
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt these messages give."""
+        return len(self._encode(messages))
+
+    def prompt(self, messages: Sequence[Message], options: SamplingOptions) -> Prompt:
+        """The prompt after which the assistant speaks. Oldest turns are left out, never the system prompt, until a
+        quarter of the context (or max_new_tokens, if that is less) is free for the answer.
+
+        Raises UserError when the last message alone is too long, or when the template cannot express the messages.
+        """
+        tokens = self._encode(messages)
+        context = self.context_tokens
+        if context is None:
+            return Prompt(tokens)
+        room = context - min(options.max_new_tokens, int(context * ANSWER_SHARE))
+        system, turns = _split_system(messages)
+        num_dropped = 0
+        while len(tokens) > room and len(turns) > 2:
+            turns, num_dropped = turns[2:], num_dropped + 2
+            tokens = self._encode([*system, *turns])
+        if len(tokens) > room:
+            raise UserError(
+                f"the message is too long: {len(tokens)} prompt tokens",
+                expected=f"at most {room} of the model's {context} tokens, so that an answer has room",
+                fix="shorten the message or the system prompt, or lower max_new_tokens",
+                where="chat",
+            )
+        notice = f"the oldest {num_dropped} messages no longer fit into {context} tokens" if num_dropped else ""
+        return Prompt(tokens, num_dropped, notice)
+
+    def stream(self, prompt: Prompt, options: SamplingOptions) -> Iterator[Piece]:
+        """The answer to a prompt, piece by piece; the last piece carries the whole Answer."""
+        with self._as_loaded():
+            yield from stream(
+                self.model.hf,
+                prompt.tokens,
+                options=self._fitting(options),
+                stop_ids=self.stop_ids,
+                decode=self.decode,
+            )
+
+    def answer(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[Answer]:
+        """The answers to several prompts, generated together."""
+        with self._as_loaded():
+            return generate(
+                self.model.hf,
+                [prompt.tokens for prompt in prompts],
+                options=self._fitting(options),
+                stop_ids=self.stop_ids,
+                pad_id=self.tokenizer.pad_id,
+                decode=self.decode,
+            )
+
+    def decode(self, tokens: list[int]) -> str:
+        """The words, without control tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def without_adapters(self) -> Speaker:
+        """The base model under the adapters, with the same template and without loading anything again."""
+        return replace(self, name="base", notes=(), uses_adapters=False)
+
+    def _as_loaded(self) -> Any:
+        return nullcontext() if self.uses_adapters else self.model.without_adapters()
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        return self.tokenizer.encode(self.template.render(messages, answer_next=True).text)
+
+    def _fitting(self, options: SamplingOptions) -> SamplingOptions:
+        stops = (*options.stop_strings, *(text for text in self.template.stop_strings if text))
+        return replace(options, stop_strings=tuple(dict.fromkeys(stops)), overflow="fewer_tokens")
+
+
+def open_speaker(
+    path: str,
+    *,
+    base: str | None = None,
+    template: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Speaker:
+    """Load what lies at `path`: a run directory, a Hugging Face folder, a hub id, or a PEFT adapter folder.
+
+    `base` names the model under an adapter, `template` overrides what the run's manifest or the tokenizer says.
+    Raises UserError when something is missing: the folder, an adapter's base, a template.
+    """
+    found = locate(path, base=base)
+    tokenizer = load_tokenizer(_tokenizer_place(found))
+    chosen, notes = choose_template(found, tokenizer, asked=template)
+    model = load_for_inference(path, device=device, precision=precision, base=base)
+    return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes)
+
+
+def open_base(speaker: Speaker, *, device: str = "auto", precision: str = "auto", base: str | None = None) -> Speaker:
+    """The model that the speaker's model was trained from, asked with the same template.
+
+    With adapters these are switched off and nothing is loaded. Raises UserError when it is not known what the base was.
+    """
+    if speaker.has_adapters:
+        return speaker.without_adapters()
+    found = locate(speaker.name)
+    named = base or (_trained_from(found) if found.run else None)
+    if named is None:
+        raise UserError(
+            f"it is not known which base model {speaker.name} was trained from",
+            expected="a run directory, an adapter folder, or the path of the base",
+            fix="name the other model: --compare PATH",
+            where="--compare base",
+        )
+    model = load_for_inference(named, device=device, precision=precision)
+    return replace(speaker, name=named, model=model, notes=())
+
+
+def choose_template(found: Located, tokenizer: Tokenizer, *, asked: str | None) -> tuple[Template, tuple[str, ...]]:
+    """The template to prompt with, and what a person should know about it.
+
+    In this order: the one asked for, the one the run was trained with, the tokenizer's own chat template. Raises
+    UserError with the list of names when there is none: a guessed template makes a good model look broken.
+    """
+    trained = _trained_template(found, tokenizer)
+    if asked is not None:
+        chosen = find_template(asked, tokenizer)
+        if trained is not None and trained.as_jinja() != chosen.as_jinja():
+            return chosen, (f"this model was trained with template {trained.name}, not {chosen.name}",)
+        return chosen, ()
+    if trained is not None:
+        return trained, ()
+    if tokenizer.chat_template:
+        return find_template("tokenizer", tokenizer), ()
+    raise UserError(
+        "this model names no template: it has no manifest of a run, and its tokenizer has no chat template",
+        expected=f"one of {', '.join(TEMPLATES)}",
+        fix="choose the one it was trained with: --template NAME (for a base model, alpaca is a fair try)",
+        where=found.weights,
+    )
+
+
+def _trained_template(found: Located, tokenizer: Tokenizer) -> Template | None:
+    """What manifest.json says: by name where our template of that name still spells the same, else as stored."""
+    if found.run is None or not found.run.manifest.is_file():
+        return None
+    entry = read_json(found.run.manifest).get("template")
+    if entry is None:
+        return None
+    name, source = (entry, None) if isinstance(entry, str) else (entry.get("name"), entry.get("jinja"))
+    if name in TEMPLATES or (name in ("tokenizer", "auto") and source is None):
+        current = find_template(name, tokenizer)
+        if source is None or current.as_jinja() == source:
+            return current
+    if not source:
+        return None
+    return JinjaTemplate(source=source, special_tokens=dict(tokenizer.named_specials), marks=tokenizer.special_strings)
+
+
+def _trained_from(found: Located) -> str:
+    assert found.run is not None
+    return read_run(str(found.run.resolved)).run.model.path
+
+
+def _tokenizer_place(found: Located) -> str:
+    """The adapter's own tokenizer where it has one: it may hold tokens that were added in training."""
+    if found.adapter is not None and any((found.adapter / name).is_file() for name in TOKENIZER_FILES):
+        return str(found.adapter)
+    return str(Path(found.weights)) if Path(found.weights).is_dir() else found.weights
+
+
+def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    is_system = bool(messages) and messages[0].role == "system"
+    return list(messages[:1] if is_system else ()), list(messages[1:] if is_system else messages)
