@@ -38,12 +38,21 @@ class Rendered:
 class Template(Protocol):
     """One object for training, prompting, the server and GGUF metadata."""
 
-    name: str
-    stop_strings: tuple[str, ...]
-    """Strings at which generation ends, besides the terminator's own token."""
+    @property
+    def name(self) -> str: ...
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool = False) -> Rendered:
-        """Messages to text; `answer_next` adds the scaffold after which the assistant speaks.
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings at which generation ends, besides the terminator's own token."""
+        ...
+
+    @property
+    def terminator(self) -> str:
+        """What ends an answer, as text; `Tokenizer.stop_ids` gives its ids."""
+        ...
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool = False, tools: str = "") -> Rendered:
+        """Messages to text; `answer_next` adds the scaffold after which the assistant speaks. `tools` is a JSON list.
 
         Raises UserError when the template cannot express the messages (no system slot, wrong role order).
         """

@@ -1,0 +1,232 @@
+"""From the run file's data section to arrays of token ids: read, render, mask, split, audit, cache. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from zhibei.config.errors import UserError
+from zhibei.config.run import DataSection, RunFile
+from zhibei.data.audit import audit_rows, require_trainable
+from zhibei.data.encode import Chunk, Wording, join_chunks, ledger_entry
+from zhibei.data.mix import split_heldout
+from zhibei.data.prepared import PreparedSet
+from zhibei.data.prepared_cache import (
+    FileHashes,
+    cache_root,
+    fault_of,
+    key_of,
+    read_prepared,
+    rows_of,
+    write_prepared,
+)
+from zhibei.data.readers import as_source, read_sources
+from zhibei.data.records import BrokenRecord, Record
+from zhibei.data.sources import files_of
+from zhibei.data.workers import Numbered, encode_all, num_workers
+from zhibei.text.messages import Message
+from zhibei.text.template import Template
+from zhibei.text.tokenizer import TOKENIZERS_VERSION, Tokenizer
+
+# Raise when the same inputs give other rows than before: cached sets of older versions are then not used.
+PREPARE_VERSION = 1
+PROBES = (
+    (Message("user", "a"),),
+    (Message("user", "a"), Message("assistant", "b"), Message("user", "c", context="d"), Message("assistant", "e")),
+    (Message("system", "s"), Message("user", "a"), Message("assistant", "b")),
+)
+
+Progress = Callable[[int, str], None]
+"""Told (rows done, what is going on) while rows are prepared."""
+
+
+def prepare(
+    run: RunFile,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    progress: Progress | None = None,
+    use_cache: bool = True,
+) -> PreparedSet:
+    """All rows of `run.data` as token ids with their mask, split into training and held-out rows, and audited.
+
+    The result is kept under `<cache>/prepared/<key>/` and memory-mapped from there the next time. UserError: broken
+    records (with on_error: stop), conversations the template cannot express, rows that are all dropped or unlearned.
+    """
+    data, tell = run.data, progress or (lambda done, text: None)
+    wording = wording_of(data, tokenizer, template)
+    root = cache_root(data.cache)
+    facts = _key_facts(data, wording, hashes=FileHashes(root))
+    key = key_of(facts)
+    folder = root / "prepared" / key
+    if use_cache and folder.exists():
+        fault = fault_of(folder)
+        if not fault:
+            tell(0, f"prepared rows found in {folder}")
+            return read_prepared(folder)
+        tell(0, f"the prepared rows in {folder} are damaged ({fault}) and are made again")
+    prepared = replace(_prepare(data, wording, tell=tell), key=key)
+    require_trainable(prepared.audit, prepared.ledger)
+    if not use_cache:
+        return prepared
+    write_prepared(folder, prepared, facts=facts)
+    return read_prepared(folder)
+
+
+def wording_of(data: DataSection, tokenizer: Tokenizer, template: Template) -> Wording:
+    """What decides the tokens and the mask, taken from the data section."""
+    return Wording(
+        tokenizer=tokenizer,
+        template=template,
+        system=data.system,
+        max_tokens=data.max_tokens,
+        too_long=data.too_long,
+        supervise=data.supervise,
+        special_tokens_in_text=data.special_tokens_in_text,
+        on_error=data.on_error,
+    )
+
+
+def _key_facts(data: DataSection, wording: Wording, *, hashes: FileHashes) -> dict[str, Any]:
+    """Everything that decides the rows, as JSON."""
+    sources = [as_source(source) for source in data.sources]
+    held = [as_source(data.validation)] if isinstance(data.validation, str) else []
+    files = [[hashes.of(path) for path, _ in files_of(source)] for source in (*sources, *held)]
+    hashes.keep()
+    return {
+        "version": PREPARE_VERSION,
+        "tokenizers": TOKENIZERS_VERSION,
+        "tokenizer": wording.tokenizer.fingerprint,
+        "template": {
+            "name": wording.template.name,
+            "jinja": wording.template.as_jinja(),
+            "probes": [_probe(wording.template, probe) for probe in PROBES],
+        },
+        "sources": [source.model_dump(mode="json") for source in sources],
+        "files": files,
+        "masking": data.model_dump(
+            mode="json",
+            include={
+                "system",
+                "max_tokens",
+                "too_long",
+                "supervise",
+                "special_tokens_in_text",
+                "on_error",
+                "validation",
+            },
+        ),
+    }
+
+
+def _probe(template: Template, messages: tuple[Message, ...]) -> Any:
+    """What the template makes of a small conversation: a change of spelling or spans changes the key."""
+    try:
+        rendered = template.render(messages)
+    except UserError as error:
+        return error.what
+    return [rendered.text, [[span.start, span.end, span.role, span.turn, span.part] for span in rendered.spans]]
+
+
+@dataclass
+class _Reading:
+    """Counts the records that pass by, and keeps the ledger of broken ones."""
+
+    data: DataSection
+    tell: Progress
+    broken: list[dict[str, Any]] = field(default_factory=list)
+    done: int = 0
+
+    def numbered(self) -> Iterator[Numbered]:
+        for source, record in read_sources(self.data, notice=lambda text: self.tell(self.done, text)):
+            if isinstance(record, BrokenRecord):
+                self.broken.append(_broken_entry(record))
+                continue
+            yield self.done, source, _light(record)
+            self.done += 1
+
+
+def _light(record: Record) -> Record:
+    """Without the fields that only a lossless conversion needs: they would travel to the workers for nothing."""
+    kept = {name: value for name, value in record.extra.items() if name == "unanswered"}
+    return replace(record, extra=kept)
+
+
+def _broken_entry(record: BrokenRecord) -> dict[str, Any]:
+    entry = ledger_entry(record.origin, action="dropped", reason="broken", detail=record.what)
+    return entry | {"field": record.field, "expected": record.expected, "fix": record.fix}
+
+
+def _read(data: DataSection, wording: Wording, *, tell: Progress) -> tuple[Chunk, list[dict[str, Any]]]:
+    reading = _Reading(data, tell)
+    chunks: list[Chunk] = []
+    done = 0
+    for chunk in encode_all(reading.numbered(), wording, workers=num_workers(data.workers)):
+        chunks.append(chunk)
+        done += chunk.num_read
+        tell(done, "preparing rows")
+    return join_chunks(chunks), reading.broken
+
+
+def _prepare(data: DataSection, wording: Wording, *, tell: Progress) -> PreparedSet:
+    chunk, broken = _read(data, wording, tell=tell)
+    sources = [as_source(source).path for source in data.sources]
+    if isinstance(data.validation, str):
+        held_data = data.model_copy(update={"sources": [data.validation]})
+        held, held_broken = _read(held_data, wording, tell=tell)
+        chunk, is_heldout = _with_heldout_file(chunk, held, source=len(sources))
+        broken, sources = [*broken, *held_broken], [*sources, data.validation]
+    else:
+        is_heldout = split_heldout(chunk.hashes, data.validation) if chunk.hashes else np.zeros(0, dtype=bool)
+    audit = audit_rows(chunk, is_heldout=is_heldout, broken=broken, wording=wording, sources=sources)
+    return PreparedSet(
+        train=_side(chunk, ~is_heldout),
+        heldout=_side(chunk, is_heldout),
+        audit=audit,
+        ledger=[*broken, *chunk.ledger],
+        key="",
+        template=wording.template.name,
+    )
+
+
+def _with_heldout_file(train: Chunk, held: Chunk, *, source: int) -> tuple[Chunk, np.ndarray]:
+    """Rows of the validation file are held out; training rows that say the same are dropped into the ledger."""
+    held.facts["source"] = np.full_like(held.facts["source"], source)
+    known = set(held.hashes)
+    repeats = np.array([digest in known for digest in train.hashes], dtype=bool)
+    whole = join_chunks([train, held])
+    whole.ledger.extend(
+        {
+            "row": row,
+            "where": row,
+            "action": "dropped",
+            "reason": "in_validation",
+            "detail": "the validation file holds a row that says the same",
+        }
+        for row, is_repeated in zip(train.row_ids, repeats, strict=True)
+        if is_repeated
+    )
+    kept = np.concatenate([~repeats, np.ones(len(held.hashes), dtype=bool)])
+    is_heldout = np.arange(len(kept)) >= len(train.hashes)
+    rows = _side(whole, kept)
+    return (
+        replace(
+            whole,
+            tokens=rows.tokens,
+            supervised=rows.supervised,
+            lengths=whole.lengths[kept],
+            facts={name: column[kept] for name, column in whole.facts.items()},
+            row_ids=rows.row_ids,
+            hashes=[digest for digest, is_kept in zip(whole.hashes, kept, strict=True) if is_kept],
+        ),
+        is_heldout[kept],
+    )
+
+
+def _side(chunk: Chunk, chosen: np.ndarray) -> Any:
+    return rows_of(
+        chunk.tokens, supervised=chunk.supervised, lengths=chunk.lengths, row_ids=chunk.row_ids, chosen=chosen
+    )

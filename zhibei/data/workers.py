@@ -1,0 +1,200 @@
+"""Chunks of records encoded in other processes, in order. Knows chunks, not what is in them.
+
+A worker is a fresh interpreter that runs this module and talks over its pipes. Nothing of the caller's main module is
+imported again (so a script needs no `__main__` guard), and torch is never loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any
+
+from zhibei.config.errors import UserError
+from zhibei.data.encode import Chunk, Wording, encode_records
+from zhibei.data.records import Record
+
+Numbered = tuple[int, int, Record]
+
+CHUNK_ROWS = 500
+# Starting a worker costs about half a second; fewer rows than this are done sooner here.
+ROWS_PER_WORKER = 4000
+CHUNKS_AHEAD = 2
+
+
+def num_workers(asked: int | None) -> int:
+    """As many as asked; else one per core this process may use."""
+    if asked is not None:
+        return asked
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_all(numbered: Iterable[Numbered], wording: Wording, *, workers: int) -> Iterator[Chunk]:
+    """Chunks in the order of the records, whatever the number of workers; 0 and 1 work in this process."""
+    chunks = _chunks(numbered)
+    if workers < 2:
+        yield from (encode_records(chunk, wording) for chunk in chunks)
+        return
+    waiting: list[list[Numbered]] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        if len(waiting) * CHUNK_ROWS >= ROWS_PER_WORKER:
+            break
+    else:
+        yield from (encode_records(chunk, wording) for chunk in waiting)
+        return
+    yield from _in_workers(_chain(waiting, chunks), wording, workers=workers)
+
+
+def _chunks(numbered: Iterable[Numbered]) -> Iterator[list[Numbered]]:
+    chunk: list[Numbered] = []
+    for one in numbered:
+        chunk.append(one)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _chain(first: Sequence[list[Numbered]], rest: Iterator[list[Numbered]]) -> Iterator[list[Numbered]]:
+    yield from first
+    yield from rest
+
+
+def _in_workers(chunks: Iterator[list[Numbered]], wording: Wording, *, workers: int) -> Iterator[Chunk]:
+    """Each thread owns one process; a bounded queue of futures keeps the order and the memory small."""
+    pool = _Processes(pickle.dumps(wording))
+    pending: deque[Future[Chunk]] = deque()
+    executor = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="zhibei-prepare")
+    try:
+        for chunk in chunks:
+            pending.append(executor.submit(pool.encode, chunk))
+            if len(pending) >= workers * CHUNKS_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        pool.stop()
+        executor.shutdown(wait=True)
+
+
+class _Processes:
+    """One worker process per thread that asks; all of them end with `stop`."""
+
+    def __init__(self, wording: bytes) -> None:
+        self.wording = wording
+        self.of_thread = threading.local()
+        self.all: list[subprocess.Popen[bytes]] = []
+        self.lock = threading.Lock()
+
+    def encode(self, chunk: list[Numbered]) -> Chunk:
+        process = getattr(self.of_thread, "process", None) or self._start()
+        assert process.stdin
+        assert process.stdout
+        try:
+            _send(process.stdin, pickle.dumps(chunk))
+            answer = _receive(process.stdout)
+        except (OSError, ValueError) as error:
+            raise _worker_died(process) from error
+        if answer is None:
+            raise _worker_died(process)
+        result = pickle.loads(answer)
+        if isinstance(result, dict):
+            raise UserError(**result)
+        if isinstance(result, str):
+            raise RuntimeError(f"a worker that prepares rows failed:\n{result}")
+        return result
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from zhibei.data.workers import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        with self.lock:
+            self.all.append(process)
+        assert process.stdin
+        _send(process.stdin, self.wording)
+        self.of_thread.process = process
+        return process
+
+    def stop(self) -> None:
+        with self.lock:
+            for process in self.all:
+                process.kill()
+            for process in self.all:
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    if pipe:
+                        _close(pipe)
+
+
+def _close(pipe: IO[bytes]) -> None:
+    try:
+        pipe.close()
+    except OSError:  # the process is gone and left something unsent
+        return
+
+
+def _worker_died(process: subprocess.Popen[bytes]) -> UserError:
+    code = process.wait()
+    return UserError(
+        f"a process that prepares rows died (exit code {code})",
+        expected="enough memory for all workers",
+        fix="set data.workers to a smaller number; data.workers: 0 prepares the rows in this process",
+        where="data.workers",
+    )
+
+
+def _send(pipe: IO[bytes], content: bytes) -> None:
+    pipe.write(struct.pack("<Q", len(content)))
+    pipe.write(content)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> bytes | None:
+    """One message, or None when the other side is gone."""
+    head = pipe.read(8)
+    if len(head) < 8:
+        return None
+    content = pipe.read(struct.unpack("<Q", head)[0])
+    return content if len(content) == struct.unpack("<Q", head)[0] else None
+
+
+def serve() -> None:
+    """The worker's side: first the wording, then chunk after chunk until the pipe closes.
+
+    What comes in and goes out are pickles between two processes of one program; no file is ever unpickled.
+    """
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # nothing a library prints may end up between the answers
+    first = _receive(source)
+    if first is None:
+        return
+    wording: Wording = pickle.loads(first)
+    while (content := _receive(source)) is not None:
+        _send(sink, pickle.dumps(_answer(pickle.loads(content), wording)))
+
+
+def _answer(chunk: list[Numbered], wording: Wording) -> Any:
+    try:
+        return encode_records(chunk, wording)
+    except UserError as error:
+        return error.as_dict()
+    except Exception:  # a defect travels to the parent as text, since not every exception can be pickled
+        import traceback
+
+        return traceback.format_exc()
