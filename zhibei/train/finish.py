@@ -14,8 +14,9 @@ from zhibei.model.load import load_for_inference
 from zhibei.model.locate import locate
 from zhibei.model.save import write_weights
 from zhibei.store.checkpoint import load_checkpoint
-from zhibei.store.files import read_json, write_json_atomic
+from zhibei.store.files import write_json_atomic
 from zhibei.store.folders import whole_folder
+from zhibei.store.manifest import finish_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
 from zhibei.train.materials import Materials
@@ -59,8 +60,7 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
             fix=f"the checkpoints in {run_dir.checkpoints} are sound; report this with {run_dir.proofs}",
             where=str(run_dir.model),
         )
-    manifest = read_json(run_dir.manifest)
-    manifest["finished"] = {
+    figures = {
         "steps": progress.step,
         "model_step": chosen,
         "best_heldout_loss": progress.best_loss,
@@ -68,7 +68,7 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         "learned_tokens": progress.learned_tokens,
         "training_seconds": round(progress.seconds, 3),
     }
-    write_json_atomic(run_dir.manifest, manifest)
+    finish_manifest(run_dir.path, figures)
     recorder.event(
         progress.step,
         "finished",

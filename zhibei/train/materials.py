@@ -22,7 +22,7 @@ from zhibei.model.load import Need, load_for_training
 from zhibei.model.locate import locate
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.store.run_dir import RunDir
-from zhibei.text.find import find_template
+from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
 from zhibei.train.optimizer import MasterOptimizer
@@ -60,7 +60,7 @@ class Materials:
 def gather(
     resolved: ResolvedRun,
     *,
-    on_rows: Callable[..., None] | None = None,
+    on_rows: Callable[[int, str], None] | None = None,
     on_audit: Callable[[PreparedSet], None] | None = None,
 ) -> Materials:
     """Read, render, mask and audit all rows first (cheap to be wrong about), then load the model.
@@ -72,7 +72,7 @@ def gather(
     precision = choose_precision(run.model.precision, device)
     tokenizer = load_run_tokenizer(run)
     template = find_template(run.data.template, tokenizer)
-    rows = prepare(run, tokenizer, template, on_rows=on_rows)
+    rows = prepare(run, tokenizer, template, progress=on_rows)
     if on_audit is not None:
         on_audit(rows)
     batches, heldout = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
@@ -119,14 +119,14 @@ def gather(
 
 
 def plan_without_model(
-    resolved: ResolvedRun, *, on_rows: Callable[..., None] | None = None
+    resolved: ResolvedRun, *, on_rows: Callable[[int, str], None] | None = None
 ) -> tuple[PreparedSet, dict[str, Any]]:
     """The audited rows and what would be trained on them; no weights are loaded and no run directory is made."""
     run = resolved.run
     device = choose_device(run.device)
     precision = choose_precision(run.model.precision, device)
     tokenizer = load_run_tokenizer(run)
-    rows = prepare(run, tokenizer, find_template(run.data.template, tokenizer), on_rows=on_rows)
+    rows = prepare(run, tokenizer, find_template(run.data.template, tokenizer), progress=on_rows)
     batches, _ = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
     run = with_planned(resolved, plan_intervals(run, num_steps=batches.num_steps)).run
     return rows, {

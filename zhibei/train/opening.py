@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zhibei.config.errors import UserError
 from zhibei.config.resolve import write_resolved
+from zhibei.model.locate import Located, locate
 from zhibei.store.checkpoint import newest_sound
-from zhibei.store.files import read_json, write_json_atomic, write_text_atomic
+from zhibei.store.files import write_json_atomic, write_text_atomic
+from zhibei.store.manifest import model_fingerprint, new_manifest, require_manifest, template_entry, write_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
 from zhibei.train.resume import Progress, restore
@@ -30,14 +33,46 @@ def refuse_existing(run_dir: RunDir) -> None:
 
 def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any]) -> Progress:
     """Write run.yaml, resolved.yaml, manifest.json, audit.json and ledger.jsonl; returns fresh counters."""
-    run_id = str(uuid.uuid4())
     write_text_atomic(run_dir.run_file, materials.resolved.text)
     write_resolved(materials.resolved, run_dir.resolved)
     write_json_atomic(run_dir.audit, materials.rows.audit)
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in materials.rows.ledger]
     write_text_atomic(run_dir.ledger, "".join(lines))
-    write_json_atomic(run_dir.manifest, {**manifest, "run_id": run_id})
-    return Progress(run_id=run_id, key=materials.rows.key)
+    write_manifest(run_dir.path, manifest)
+    return Progress(run_id=manifest["run_id"], key=materials.rows.key)
+
+
+def describe(materials: Materials) -> dict[str, Any]:
+    """The manifest of this run: what later stages require to find unchanged."""
+    run, tokenizer, template = materials.run, materials.tokenizer, materials.template
+    found = locate(run.model.path)
+    described = {
+        "base": base_entry(found),
+        "tokenizer": {"sha256": tokenizer.fingerprint, "source": tokenizer.source},
+        "template": template_entry(materials.rows.template, jinja=template.as_jinja()),
+        "special_ids": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id},
+        "supervise": run.data.supervise,
+        "max_tokens": run.data.max_tokens,
+        "data": materials.rows.audit["sources"],
+        "prepared_key": materials.rows.key,
+        "global_batch": run.sft.global_batch,
+        "seed": run.seed,
+        "method": run.model.method,
+        "precision": materials.precision,
+        "parent_run": str(found.run.path.resolve()) if found.run is not None else None,
+    }
+    name = torch.cuda.get_device_name(materials.device) if materials.device.type == "cuda" else "cpu"
+    return new_manifest(described, device_name=name)
+
+
+def base_entry(found: Located) -> dict[str, Any]:
+    """Path and fingerprint of the base weights; a hub id has its name only until it is a folder here."""
+    folder = Path(found.weights)
+    return {
+        "path": found.weights,
+        "adapter": str(found.adapter) if found.adapter is not None else None,
+        "fingerprint": model_fingerprint(folder) if folder.is_dir() else None,
+    }
 
 
 def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[str]]:
@@ -45,7 +80,11 @@ def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[st
 
     Raises UserError when the run belongs to other rows, template, tokenizer or base model.
     """
-    manifest = read_json(run_dir.manifest)
+    now = describe(materials)
+    expected = {name: now[name] for name in ("prepared_key", "method", "global_batch", "seed")}
+    expected |= {"base.fingerprint": now["base"]["fingerprint"], "tokenizer.sha256": now["tokenizer"]["sha256"]}
+    expected |= {"template.sha256": now["template"]["sha256"]}
+    manifest = require_manifest(run_dir.path, expected)
     found = newest_sound(run_dir.checkpoints)
     if found is None:
         return Progress(run_id=manifest["run_id"], key=materials.rows.key), ["no checkpoint yet: starts at step 0"]

@@ -33,7 +33,7 @@ def train(
     *,
     watch: Watch = ignore,
     resume: RunDir | None = None,
-    on_rows: Callable[..., None] | None = None,
+    on_rows: Callable[[int, str], None] | None = None,
     on_audit: Callable[[PreparedSet], None] | None = None,
 ) -> RunDir:
     """Teach the model the supervised tokens of its rows; returns the run directory with the finished model.
