@@ -9,12 +9,20 @@ from zhibei.data.jsonlines import excerpt
 from zhibei.data.records import Fault
 
 
+def type_name(value: Any) -> str:
+    """A value's type as JSON calls it."""
+    if isinstance(value, bool):
+        return "true/false"
+    if isinstance(value, (int, float)):
+        return "number"
+    names = {"NoneType": "null", "str": "text", "dict": "object", "list": "list"}
+    return names.get(type(value).__name__, type(value).__name__)
+
+
 def checked_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
     """A field that must be text; raises Fault for null, other types, emptiness and lone surrogates."""
     if not isinstance(value, str):
-        kind = {"NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
-        name = kind.get(type(value).__name__, "a number")
-        what = "null" if value is None else f"{name}: {excerpt(value)}"
+        what = "null" if value is None else f"{type_name(value)} {excerpt(value)}"
         raise Fault(
             field, f"{what} where text is needed", expected="text in quotes", fix="write it as text, or on_error: drop"
         )
