@@ -186,7 +186,7 @@ def choose_template(found: Located, tokenizer: Tokenizer, *, asked: str | None) 
     """
     trained = _trained_template(found, tokenizer)
     if asked is not None:
-        chosen = find_template(asked, tokenizer)
+        chosen = _asked_template(asked, tokenizer)
         if trained is not None and trained.as_jinja() != chosen.as_jinja():
             return chosen, (f"this model was trained with template {trained.name}, not {chosen.name}",)
         return chosen, ()
@@ -200,6 +200,14 @@ def choose_template(found: Located, tokenizer: Tokenizer, *, asked: str | None) 
         fix="choose the one it was trained with: --template NAME (for a base model, alpaca is a fair try)",
         where=found.weights,
     )
+
+
+def _asked_template(name: str, tokenizer: Tokenizer) -> Template:
+    try:
+        return find_template(name, tokenizer)
+    except UserError as error:
+        fix = error.fix.replace("data.template: ", "--template ")
+        raise UserError(error.what, expected=error.expected, fix=fix, where="--template") from None
 
 
 def _trained_template(found: Located, tokenizer: Tokenizer) -> Template | None:
