@@ -24,14 +24,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "zhibei.cli.quickstart:quickstart",
         "Train a small model here in minutes and talk to it.",
     ),
-    "data": ("zhibei.cli.data:app", "Look at data: inspect, show the exact tokens, convert."),
+    "data": ("zhibei.cli.data:app", "Look at data before you train on it."),
     "config": (
         "zhibei.cli.config:config",
         "Show the effective run file and where each value comes from.",
     ),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
     "resume": ("zhibei.cli.train:resume", "Go on with a run that was stopped."),
-    "verify": ("zhibei.cli.verify:verify", "Prove that what a run wrote is complete and sound."),
+    "verify": ("zhibei.cli.verify:verify", "Prove that a run, a checkpoint, a model or an adapter folder is complete."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }
