@@ -154,6 +154,17 @@ def test_preparation_shows_rows_and_rate() -> None:
     ]
 
 
+def test_what_preparation_says_is_a_lasting_line() -> None:
+    stream = io.StringIO()
+    with ProgressLine("plain", stream=stream, clock=Clock()) as line:
+        line.rows(0, "prepared rows found in /cache/abc")
+        line.rows(100, "preparing rows")
+    assert stream.getvalue() == "note: prepared rows found in /cache/abc\npreparing rows 100\n"
+    stream = io.StringIO()
+    ProgressLine("json", stream=stream, clock=Clock()).rows(0, "prepared rows found")
+    assert json.loads(stream.getvalue())["text"] == "prepared rows found"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "0 s"), (59.6, "1 min 0 s"), (75, "1 min 15 s"), (7300, "2 h 1 min"), (200000, "2 d 7 h")],

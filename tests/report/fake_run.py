@@ -90,15 +90,38 @@ def samples(step: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+BIN_BORDERS = (0, 16, 32, 64, 128, 256, 512, 1024)
 AUDIT: dict[str, Any] = {
-    "rows": 18857,
+    "template": "alpaca", "terminator": "</s>", "rows_read": 18857, "rows_kept": 18815, "rows_train": 18439,
+    "rows_heldout": 376, "dropped": {"too_long": 41, "nothing_learned": 1}, "changed": {}, "rows_cut": 0,
+    "rows_without_supervision": 1, "tokens": 2_431_902, "tokens_supervised": 913_337, "supervised_share": 0.37556,
+    "answers": 18815, "terminators": 18815, "terminators_supervised": 18815, "terminators_supervised_share": 1.0,
+    "bos_per_row": {"min": 1, "max": 1}, "unknown_tokens": 0, "rows_with_border_merges": 0, "border_merges": 0,
+    "prompts_compared": {"equal": 64, "merged": 0, "different": 0}, "rows_with_special_tokens_in_text": 0,
+    "lengths": {
+        "mean": 129.25,
+        "percentiles": {"0": 48, "5": 61, "25": 77, "50": 103, "75": 152, "95": 311, "99": 566, "100": 1019},
+        "histogram": [{"from": low, "below": below, "rows": rows} for low, below, rows in
+                      zip(BIN_BORDERS[:-1], BIN_BORDERS[1:], (0, 0, 1410, 10822, 5377, 1034, 172), strict=True)],
+    },
+    "longest_rows": [{"row": f"data/alpaca.json#{n}", "tokens": 1019 - n} for n in range(3)],
+    "sources": [{"source": "data/alpaca.json", "rows": 18815, "rows_heldout": 376, "tokens": 2_431_902,
+                 "tokens_supervised": 913_337}],
+    "duplicates": {"rows_said_before": 12, "across_train_and_heldout": 0},
+    "tokenizer": {"source": "llama-2-7b", "ids": 32000, "bos": "<s>", "eos": "</s>", "pad": "<unk>", "unk": "<unk>"},
+    "notices": [f"a notice about {EVIL}"],
+    "previews": [{"row": f"data/alpaca.json#{n}", "tokens": 71, "tokens_supervised": 24, "tokens_not_shown": n,
+                  "pieces": [["<s>Below is an instruction.\n\n### Instruction:\nName three colours.\n\n### Response:\n",
+                              False], [f"Red, green and blue. {EVIL}</s>", True]]} for n in range(2)],
     "future_figure": {"nested": 17, "text": EVIL},
-}
+}  # fmt: skip
 LEDGER: list[dict[str, Any]] = [
-    *[{"source": "data/alpaca.json", "record": 100 + n, "line": 6 * n, "field": None,
-       "reason": "longer than max_tokens (1024)", "excerpt": f"Instruction {n} that goes on"} for n in range(41)],
-    {"source": "data/alpaca.json", "record": 7, "line": 43, "field": "output", "reason": "the answer is empty",
-     "excerpt": EVIL},
+    *[{"row": f"data/alpaca.json#{n}", "where": f"data/alpaca.json, record {n}", "action": "dropped",
+       "reason": "too_long", "detail": f"1,{n + 100} tokens"} for n in range(41)],
+    {"row": "data/alpaca.json#7", "where": "data/alpaca.json, record 7 (line 43)", "action": "dropped",
+     "reason": "nothing_learned", "detail": EVIL},
+    {"source": "data/alpaca.json", "record": 9, "line": 50, "field": "output", "reason": "of another kind",
+     "excerpt": "an entry as the store writes it"},
 ]  # fmt: skip
 MANIFEST: dict[str, Any] = {
     "zhibei": "0.1.0", "template": {"name": "alpaca", "sha256": "3f1c" * 16}, "base": {"path": "llama-2-7b"},

@@ -251,9 +251,11 @@ def test_every_section_is_on_the_page() -> None:
 
 def test_dropped_rows_are_counted_by_reason(run_dir: RunDir) -> None:
     body = SECTIONS["dropped_rows"](read_inputs(run_dir)).body
-    assert '<td>longer than max_tokens (1024)</td><td class="number">41</td>' in body
-    assert '<td>the answer is empty</td><td class="number">1</td>' in body
-    assert "data/alpaca.json #7 (line 43)" in body
+    assert '<td>too_long</td><td class="number">41</td>' in body
+    assert '<td>nothing_learned</td><td class="number">1</td>' in body
+    assert "data/alpaca.json, record 7 (line 43)" in body
+    assert "data/alpaca.json, record 9 (line 50)" in body
+    assert body.count("tokens</span>") == 5
 
 
 def test_totals_of_a_finished_run_are_those_of_its_manifest(tmp_path: Path) -> None:

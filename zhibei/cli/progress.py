@@ -139,8 +139,12 @@ class ProgressLine:
         if reader is not None:
             reader(record)
 
-    def rows(self, num_rows: int, num_total: int | None = None) -> None:
-        """Rows prepared so far (and of how many, if that is known)."""
+    def rows(self, num_rows: int, about: int | str | None = None) -> None:
+        """Rows prepared so far, and of how many if `about` is a number; another text in `about` is a lasting line."""
+        if isinstance(about, str) and about != "preparing rows":
+            self({"kind": "event", "step": 0, "event": "note", "text": about})
+            return
+        num_total = about if isinstance(about, int) else None
         now = self._clock()
         if self._rows_start is None or num_rows < self._rows_start[0]:
             self._rows_start = (num_rows, now)

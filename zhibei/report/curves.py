@@ -117,8 +117,10 @@ def tick_label(value: float) -> str:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Labels of one axis: plain decimals all get as many digits behind the point as the longest."""
+    """Labels of one axis: plain decimals all get as many digits behind the point as the longest, and k goes with k."""
     labels = [tick_label(value) for value in values]
+    if any(label.endswith("k") for label in labels):
+        return [f"{value / 1000:g}k" if value else "0" for value in values]
     if any(not label.replace(".", "").replace("-", "").isdigit() for label in labels):
         return labels
     num_decimals = max((len(label.partition(".")[2]) for label in labels), default=0)

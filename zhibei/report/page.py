@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from zhibei.report.audit import audit
 from zhibei.report.html import Section, both, page
 from zhibei.report.inputs import RunInputs, read_inputs
 from zhibei.report.provenance import PROVENANCE_SECTIONS
-from zhibei.report.rows import ROW_SECTIONS
+from zhibei.report.rows import dropped_rows
 from zhibei.report.training import TRAINING_SECTIONS, written_at
 from zhibei.store.files import write_text_atomic
 from zhibei.store.run_dir import RunDir
 
-SECTIONS: dict[str, Callable[[RunInputs], Section]] = {**TRAINING_SECTIONS, **ROW_SECTIONS, **PROVENANCE_SECTIONS}
+SECTIONS: dict[str, Callable[[RunInputs], Section]] = {
+    **TRAINING_SECTIONS,
+    "audit": audit,
+    "dropped_rows": dropped_rows,
+    **PROVENANCE_SECTIONS,
+}
 TRAINING_PAGE = (
     "verdict",
     "key_figures",

@@ -110,10 +110,11 @@ def size_on_disk(path: Path) -> int:
 def commands(inputs: RunInputs) -> Section:
     """What to type next."""
     run_dir = shlex.quote(str(inputs.run_dir.path))
+    chat = (f"zhibei chat {run_dir}", "talk to the model", "与模型对话")
+    resume = (f"zhibei resume {run_dir}", "go on from the newest sound checkpoint", "从最新的完好检查点继续")
     lines = [
-        (f"zhibei chat {run_dir}", "talk to the model", "与模型对话"),
+        chat if inputs.run_dir.model.is_dir() else resume,
         (f"zhibei verify {run_dir}", "prove again that the files are whole", "再次验证文件完整"),
-        (f"zhibei resume {run_dir}", "go on from the newest sound checkpoint", "从最新的完好检查点继续"),
         (f"zhibei report {run_dir}", "rebuild this page", "重新生成本页"),
     ]
     width = max(len(command) for command, _, _ in lines) + 2

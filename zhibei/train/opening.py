@@ -11,6 +11,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.resolve import write_resolved
+from zhibei.data.preview import preview_rows
 from zhibei.model.locate import Located, locate
 from zhibei.store.checkpoint import newest_sound
 from zhibei.store.files import write_json_atomic, write_text_atomic
@@ -35,7 +36,8 @@ def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any])
     """Write run.yaml, resolved.yaml, manifest.json, audit.json and ledger.jsonl; returns fresh counters."""
     write_text_atomic(run_dir.run_file, materials.resolved.text)
     write_resolved(materials.resolved, run_dir.resolved)
-    write_json_atomic(run_dir.audit, materials.rows.audit)
+    previews = preview_rows(materials.rows.train, materials.tokenizer)
+    write_json_atomic(run_dir.audit, {**materials.rows.audit, "previews": previews})
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in materials.rows.ledger]
     write_text_atomic(run_dir.ledger, "".join(lines))
     write_manifest(run_dir.path, manifest)
