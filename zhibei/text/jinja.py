@@ -82,7 +82,7 @@ class JinjaTemplate:
         if not chat:
             raise self._refusal("the conversation has no messages")
         try:
-            texts, blocks = render_jinja_template(
+            found: Any = render_jinja_template(
                 conversations=[chat],
                 tools=_tool_list(tools),
                 chat_template=self.source,
@@ -94,7 +94,8 @@ class JinjaTemplate:
             raise
         except Exception as error:  # a template may raise whatever it likes; what it says is for the user
             raise self._refusal(f"{type(error).__name__}: {error}") from error
-        return texts[0], [(start, end) for start, end in blocks[0]] if has_marks else None
+        texts, blocks = found
+        return texts[0], _merged(blocks[0]) if has_marks else None
 
     def _refusal(self, what: str) -> UserError:
         return UserError(
@@ -263,6 +264,17 @@ def _tool_list(tools: str) -> list[Any] | None:
             fix="correct the field `tools`",
         ) from error
     return loaded if isinstance(loaded, list) else [loaded]
+
+
+def _merged(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Some templates mark an answer and its terminator separately; blocks that touch are one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in blocks:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _common_prefix(left: str, right: str) -> str:
