@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zhibei.config.errors import UserError
+from zhibei.store.pipeline_dir import final_run
 from zhibei.store.run_dir import RunDir
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -24,7 +25,8 @@ class Located:
 
 
 def locate(path: str, *, base: str | None = None) -> Located:
-    """Resolve a path the user typed. `base` overrides the base model an adapter names.
+    """Resolve a path the user typed. `base` overrides the base model an adapter names. A folder of several stages
+    (pipeline.json) stands for the run of its last one.
 
     Raises UserError when nothing is there, naming near names, and when an adapter's base is missing.
     """
@@ -46,6 +48,7 @@ def locate(path: str, *, base: str | None = None) -> Located:
             fix=f"write {folder.parent}",
             where="model.path",
         )
+    folder = final_run(folder)
     run = RunDir(folder) if RunDir(folder).manifest.is_file() or RunDir(folder).resolved.is_file() else None
     if run is not None:
         if not run.model.is_dir():

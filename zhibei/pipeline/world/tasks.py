@@ -1,0 +1,211 @@
+"""What can be asked in the small world, in how many ways, and the right answer. Knows no files and no model.
+
+A kind draws facts, and `phrasings` turn them into an instruction (and an input). The field `content` identifies the facts: it alone decides whether they are
+held out, so the same list or sum is on one side in every task, every phrasing and every document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from zhibei.pipeline.world.words import (
+    ANIMALS,
+    COLOURS,
+    LARGEST_ADDEND,
+    NAMES,
+    NUMBERS,
+    PLURALS,
+    draw_numbers,
+    draw_repeats,
+    draw_words,
+)
+
+Facts = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way of drawing facts for a task. `phrasings` are pairs (instruction, input) with fields in braces."""
+
+    task: str
+    checker: str
+    draw: Callable[[Random], Facts]
+    phrasings: tuple[tuple[str, str], ...]
+
+
+def _list_facts(words: list[str], answer: str) -> Facts:
+    listed = " ".join(words)
+    return {"content": f"list {listed}", "list": listed, "answer": answer}
+
+
+def _copied(random: Random) -> Facts:
+    words = draw_words(random)
+    return _list_facts(words, " ".join(words))
+
+
+def _reversed(random: Random) -> Facts:
+    words = draw_words(random, most=5)
+    return _list_facts(words, " ".join(reversed(words)))
+
+
+def _sorted_words(random: Random) -> Facts:
+    words = draw_words(random, most=5)
+    return _list_facts(words, " ".join(sorted(words)))
+
+
+def _sorted_numbers(random: Random) -> Facts:
+    numbers = draw_numbers(random, most=5)
+    return _list_facts(numbers, " ".join(sorted(numbers, key=int)))
+
+
+def _length(random: Random) -> Facts:
+    words = draw_words(random, fewest=1, most=8)
+    return _list_facts(words, str(len(words)))
+
+
+def _occurrences(random: Random) -> Facts:
+    words, asked = draw_repeats(random)
+    return {**_list_facts(words, str(words.count(asked))), "asked": asked}
+
+
+def _sum_facts(random: Random, left: int, right: int, answer: int, addends: tuple[int, int]) -> Facts:
+    # 5 + 7, 7 + 5, 12 - 5 and 12 - 7 are one fact: if one is held out, no other may be seen.
+    small, large = sorted(addends)
+    return {
+        "content": f"sum {small} {large}",
+        "left": str(left),
+        "right": str(right),
+        "answer": str(answer),
+        "name": random.choice(NAMES),
+        "things": random.choice(PLURALS),
+    }
+
+
+def _plus(random: Random) -> Facts:
+    left, right = random.randint(0, LARGEST_ADDEND), random.randint(0, LARGEST_ADDEND)
+    return _sum_facts(random, left, right, left + right, (left, right))
+
+
+def _minus(random: Random) -> Facts:
+    right, rest = random.randint(0, LARGEST_ADDEND), random.randint(0, LARGEST_ADDEND)
+    return _sum_facts(random, right + rest, right, rest, (right, rest))
+
+
+def _looked_up(random: Random) -> Facts:
+    names = random.sample(NAMES, random.randint(2, 5))
+    values = random.sample(random.choice((ANIMALS, COLOURS, NUMBERS)), len(names))
+    asked = random.randrange(len(names))
+    pairs = list(zip(names, values, strict=True))
+    return {
+        "content": "table " + ", ".join(f"{name} {value}" for name, value in pairs) + f": {names[asked]}",
+        "table": "\n".join(f"{name}: {value}" for name, value in pairs),
+        "row": ", ".join(f"{name} has {value}" for name, value in pairs),
+        "asked": names[asked],
+        "answer": values[asked],
+    }
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        "copy",
+        "words",
+        _copied,
+        phrasings=(
+            ("Copy this list.", "{list}"),
+            ("Repeat these words.", "{list}"),
+            ("Repeat after me: {list}", ""),
+            ("Please say this again: {list}", ""),
+            ("Write {list} once more.", ""),
+        ),
+    ),
+    Kind(
+        "reverse",
+        "words",
+        _reversed,
+        phrasings=(
+            ("Reverse this list.", "{list}"),
+            ("Write these words backwards.", "{list}"),
+            ("Say this in reverse order: {list}", ""),
+            ("What is {list} backwards?", ""),
+            ("Please turn this list around: {list}", ""),
+        ),
+    ),
+    Kind(
+        "sort",
+        "words",
+        _sorted_words,
+        phrasings=(
+            ("Sort these words.", "{list}"),
+            ("Put these words in alphabetical order.", "{list}"),
+            ("Sort from A to Z: {list}", ""),
+            ("What is the alphabetical order of {list}?", ""),
+        ),
+    ),
+    Kind(
+        "sort",
+        "words",
+        _sorted_numbers,
+        phrasings=(
+            ("Sort these numbers.", "{list}"),
+            ("Put these numbers in order, smallest first.", "{list}"),
+            ("Sort from small to large: {list}", ""),
+        ),
+    ),
+    Kind(
+        "count",
+        "number",
+        _length,
+        phrasings=(
+            ("How many words are in this list?", "{list}"),
+            ("Count these words.", "{list}"),
+            ("How many words are these: {list}", ""),
+        ),
+    ),
+    Kind(
+        "count",
+        "number",
+        _occurrences,
+        phrasings=(
+            ("How often does {asked} appear in this list?", "{list}"),
+            ("Count {asked} in this list.", "{list}"),
+            ("How many times do you see {asked} here: {list}", ""),
+        ),
+    ),
+    Kind(
+        "arithmetic",
+        "number",
+        _plus,
+        phrasings=(
+            ("What is {left} plus {right}?", ""),
+            ("Add {left} and {right}.", ""),
+            ("Work out {left} + {right}", ""),
+            ("{name} has {left} {things} and gets {right} more. How many {things} does {name} have now?", ""),
+        ),
+    ),
+    Kind(
+        "arithmetic",
+        "number",
+        _minus,
+        phrasings=(
+            ("What is {left} minus {right}?", ""),
+            ("Take {right} away from {left}.", ""),
+            ("Work out {left} - {right}", ""),
+            ("{name} has {left} {things} and loses {right}. How many {things} are left?", ""),
+        ),
+    ),
+    Kind(
+        "lookup",
+        "words",
+        _looked_up,
+        phrasings=(
+            ("What does the table say for {asked}?", "{table}"),
+            ("Look up {asked} in this table.", "{table}"),
+            ("What belongs to {asked}?", "{table}"),
+            ("{row}. What does {asked} have?", ""),
+        ),
+    ),
+)
+
+TASKS: tuple[str, ...] = tuple(dict.fromkeys(kind.task for kind in KINDS))
