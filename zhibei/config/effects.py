@@ -6,7 +6,7 @@ One rule per entry of RULES; each has a broken and a healthy case in tests/confi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from zhibei.config.yaml_tree import KeyPath
@@ -21,8 +21,9 @@ FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`find` gives the fields that `cause` leaves without effect (or contradicts); `why` and `fix` say so."""
+    """`find` gives those of the `watches` fields that `cause` leaves idle (or contradicts); `why` and `fix` say so."""
 
+    watches: tuple[KeyPath, ...]
     find: Callable[[RunFile], list[KeyPath]]
     cause: KeyPath
     why: str
@@ -58,17 +59,18 @@ def fields_without_effect(run: RunFile) -> dict[KeyPath, str]:
     return {field: rule.why for rule in RULES if not rule.is_conflict for field in rule.find(run)}
 
 
-def _when(applies: Callable[[RunFile], bool], *fields: str) -> Callable[[RunFile], list[KeyPath]]:
-    paths: list[KeyPath] = [tuple(field.split(".")) for field in fields]
-    return lambda run: paths if applies(run) else []
+def _rule(applies: Callable[[RunFile], bool], fields: str, cause: str, *, why: str, fix: str) -> Rule:
+    """A rule under which all of these fields (names with spaces between) are idle, or none is."""
+    paths = tuple(tuple(field.split(".")) for field in fields.split())
+    return Rule(paths, lambda run: list(paths) if applies(run) else [], tuple(cause.split(".")), why, fix)
 
 
 def _no_effect(applies: Callable[[RunFile], bool], fields: str, cause: str, why: str, fix: str) -> Rule:
-    return Rule(_when(applies, *fields.split()), tuple(cause.split(".")), why, fix)
+    return _rule(applies, fields, cause, why=why, fix=fix)
 
 
 def _conflict(applies: Callable[[RunFile], bool], field: str, cause: str, why: str, fix: str) -> Rule:
-    return Rule(_when(applies, field), tuple(cause.split(".")), why, fix, is_conflict=True)
+    return replace(_rule(applies, field, cause, why=why, fix=fix), is_conflict=True)
 
 
 def _hub_fields_of_files(run: RunFile) -> list[KeyPath]:
@@ -158,6 +160,7 @@ RULES: list[Rule] = [
         "remove data.group_by_length, or set data.packing: false",
     ),
     Rule(
+        (("data", "sources", 0, "split"), ("data", "sources", 0, "subset")),
         _hub_fields_of_files,
         ("data", "sources"),
         "only hub data sets have splits and subsets, and this path is a file",

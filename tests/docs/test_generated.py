@@ -1,0 +1,68 @@
+"""The generated documentation is what the code says today, and the check for that bites."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.shared_data import REPOSITORY
+from zhibei.cli.app import COMMANDS
+from zhibei.config.read import recipe_names
+from zhibei.config.words import leaf_fields
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", REPOSITORY / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_files_are_current(generate: ModuleType) -> None:
+    assert generate.stale() == [], "run: python docs/generate.py"
+
+
+def test_a_changed_document_is_found(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = generate.documents()
+    path = REPOSITORY / "docs" / "run-file.md"
+    monkeypatch.setattr(generate, "documents", lambda: {**documents, path: documents[path] + "more"})
+    assert generate.stale() == [path]
+
+
+def test_run_file_page_has_every_field_and_recipes_page_every_recipe(generate: ModuleType) -> None:
+    page = generate.run_file_page()
+    assert all(f"| `{key}` |" in page for key, _ in leaf_fields())
+    assert all(f"## {name}\n" in generate.recipes_page() for name in recipe_names())
+
+
+def test_the_file_map_has_every_file(generate: ModuleType) -> None:
+    lines = generate.file_map().splitlines()
+    there = [path for path in (REPOSITORY / "zhibei").glob("*/*.py") if path.name != "__init__.py"]
+    assert all(any(line.split()[:1] == [path.name] for line in lines) for path in there)
+    assert [line for line in lines if len(line.split()) < 2 and line != "```"] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_readme_has_the_two_commands_and_every_verb(name: str) -> None:
+    text = (REPOSITORY / name).read_text()
+    assert re.findall(r"^make \w+", text, re.MULTILINE) == ["make demo", "make test"]
+    assert all(f"`zhibei {verb}`" in text for verb in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CHANGELOG.md"])
+def test_links_between_documents_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (REPOSITORY / name).read_text())
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_the_licence_is_the_apache_text() -> None:
+    text = Path(REPOSITORY / "LICENSE").read_text()
+    assert text.split("\n")[1].strip() == "Apache License"
+    assert "Version 2.0, January 2004" in text
