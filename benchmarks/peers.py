@@ -79,7 +79,8 @@ def unsloth(settings: PeerSettings, workload: Workload, *, steps: int, warmup: i
     """Unsloth's patched trainer, as its notebooks show it. Loads from a folder, because it offers no other way."""
     os.environ.update(QUIET)
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled"))
-    from unsloth import FastLanguageModel  # isort: skip  (it patches what is imported after it)
+    # It patches what is imported after it.
+    from unsloth import FastLanguageModel  # isort: skip  # pyright: ignore[reportMissingImports]
     import torch
 
     folder = _model_folder(workload)
@@ -132,8 +133,8 @@ def _train(
 ) -> Record:
     """Figures of (timed, warm-up) steps with TRL's trainer, which Unsloth patches; `options` are the trainer's."""
     import torch
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     steps, warmup = num_steps
     # Packing draws rows in its own order and needs spare ones to fill the last rows.

@@ -165,8 +165,9 @@ def summary(records: Sequence[Record]) -> str:
             lines.append(f"{record['who']:12s} {record['method']:6s} FAILED {record['error'][:120]}  {shown}")
         elif record["benchmark"] == "sft":
             lines.append(
-                f"{record['who']:12s} {record['method']:6s} {record['useful_tokens_per_s']:8.0f} {record['model_tflops']:8.1f} "
-                f"{record['seconds']:7.3f} {record['peak_gib'] or 0:6.1f} {record['warmup_seconds']:7.1f}  {shown}"
+                f"{record['who']:12s} {record['method']:6s} {record['useful_tokens_per_s']:8.0f} "
+                f"{record['model_tflops']:8.1f} {record['seconds']:7.3f} {record['peak_gib'] or 0:6.1f} "
+                f"{record['warmup_seconds']:7.1f}  {shown}"
             )
         else:
             figure = record.get("model_tflops") or record.get("terabytes_per_s") or record.get("wall_milliseconds")

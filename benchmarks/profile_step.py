@@ -102,8 +102,9 @@ def as_table(record: Record) -> str:
     ]
     lines += ["", "  share         ms    calls  kind              kernel"]
     for kernel in record["kernels"]:
-        share = 100 * kernel["milliseconds"] / wall
+        milliseconds, calls = kernel["milliseconds"], kernel["calls"]
         lines.append(
-            f"{share:5.1f} %  {kernel['milliseconds']:9.1f}  {kernel['calls']:7d}  {kernel['kind']:16s}  {kernel['name'][:90]}"
+            f"{100 * milliseconds / wall:5.1f} %  {milliseconds:9.1f}  {calls:7d}  {kernel['kind']:16s}  "
+            f"{kernel['name'][:90]}"
         )
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from benchmarks.workload import Workload
 
 @dataclass
 class StepClock:
-    """Collects seconds and tokens per optimiser step. The first `warmup` steps (compilation, first allocations) are apart."""
+    """Collects seconds and tokens per optimiser step. The first `warmup` steps (compilation, allocations) are apart."""
 
     warmup: int
     seconds: list[float] = field(default_factory=list)
@@ -106,7 +106,7 @@ def trainer_clock(clock: StepClock) -> Any:
 
 
 def count_tokens(trainer: Any, callback: Any) -> None:
-    """Count real and computed tokens of every forward pass of a transformers trainer. Id 0 is padding and nothing else."""
+    """Count real and computed tokens of every forward pass of a transformers trainer. Id 0 is always padding."""
     inner = trainer.training_step
 
     def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

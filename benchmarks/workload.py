@@ -89,7 +89,7 @@ def random_model(workload: Workload, *, dtype: torch.dtype, device: str, attenti
     config = workload.config()
     config._attn_implementation = attention
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config).to(dtype)  # pyright: ignore[reportArgumentType]
     # transformers computes the rotary frequencies at construction; on the meta device they would stay empty.
     model = model.to_empty(device=device)
     with torch.device(device):
