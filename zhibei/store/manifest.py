@@ -3,7 +3,8 @@
 {"format": 1, "zhibei": "0.1.0", "run_id": uuid, "created": time, "environment": {...},
  "base": {"path", "fingerprint"}, "tokenizer": {"sha256", ...}, "template": {"name", "jinja", "sha256"},
  "special_ids": {...}, "supervise", "max_tokens", "data": [{"path", "bytes", "sha256"}], "prepared_key",
- "global_batch", "seed", "method", "precision", "parent_run", "finished": null, or time and final figures}
+ "global_batch", "seed", "method", "precision", "parent_run",
+ "finished": null, or time and final figures, "model_files": [{"name", "bytes", "sha256"}] once finished}
 """
 
 from __future__ import annotations
@@ -130,8 +131,15 @@ def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def finish_manifest(run_dir: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Note that the run ended, when, and with which figures; returns the whole manifest."""
+    """Note that the run ended, when, with which figures, and the hashes of the model's files; the whole manifest.
+
+    Call it when `model/` is in its place: `zhibei verify` compares the files with these hashes ever after.
+    """
     manifest = read_manifest(run_dir)
+    model_files = sorted(path for path in RunDir(run_dir).model.glob("*") if path.is_file())
+    manifest["model_files"] = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in model_files
+    ]
     manifest["finished"] = {"time": now(), **figures}
     write_manifest(run_dir, manifest)
     return manifest
