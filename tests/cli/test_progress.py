@@ -88,6 +88,18 @@ def test_a_loss_that_is_not_a_number_is_shown_as_such() -> None:
     assert "(this step nan)" in play("plain", [train(1, float("nan"))])
 
 
+def test_the_smoothed_loss_is_the_bias_corrected_average() -> None:
+    # weights 0.1 and 0.09 for the newer and the older loss, divided by their sum
+    lines = play("plain", [STARTED, train(1, 3.0), train(2, 1.0)]).splitlines()
+    assert "loss 3.0000  (this step 3.0000)" in lines[1]
+    assert f"loss {(0.09 * 3.0 + 0.1 * 1.0) / 0.19:.4f}  (this step 1.0000)" in lines[2]
+
+
+def test_the_base_model_is_not_called_the_best() -> None:
+    printed = play("plain", [{"kind": "heldout", "step": 0, "loss": 4.5, "perplexity": 90.0, "is_best": True}])
+    assert printed == "before training, held-out loss 4.5000, perplexity 90.00\n"
+
+
 def test_live_mode_keeps_the_lasting_lines() -> None:
     text = play("live", RUN)
     assert "held-out loss 1.5000, perplexity 4.48, best so far" in text

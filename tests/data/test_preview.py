@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_pieces_joined_are_the_decoded_row(tokenizer: Tokenizer, parts: list[tup
     pieces = split_by_mask(tokens, supervised, tokenizer)
     assert joined(pieces) == tokenizer.decode(tokens)
     marks = [is_learned for _, is_learned in pieces]
-    assert all(before != after for before, after in zip(marks, marks[1:], strict=False))
+    assert all(before != after for before, after in pairwise(marks))
     if "\ufffd" not in joined(pieces):
         assert joined(pieces, learned=True) == "".join(text for text, is_learned in parts if is_learned)
 

@@ -108,7 +108,7 @@ class ProgressLine:
         self._live: Live | None = None
         self._total_steps: int | None = None
         self._record: dict[str, Any] = {}
-        self._smoothed_loss: float | None = None
+        self._loss_sum = self._loss_weight = 0.0
         self._line = ""
         self._last_plain = -math.inf
         self._is_pending = False
@@ -164,18 +164,20 @@ class ProgressLine:
         step, loss = int(record.get("step", 0)), record.get("loss")
         self._pace.step(step, self._clock())
         if loss is not None and is_number(loss):
-            before = self._smoothed_loss
-            self._smoothed_loss = loss if before is None else SMOOTHING * before + (1 - SMOOTHING) * loss
+            # Divided by the weight collected so far, so that the first losses do not linger.
+            self._loss_sum = SMOOTHING * self._loss_sum + (1 - SMOOTHING) * loss
+            self._loss_weight = SMOOTHING * self._loss_weight + (1 - SMOOTHING)
         is_first = not self._line.startswith("step")
         self._line = self._train_line(self._console.width if self.mode == "live" else None)
         self._show[self.mode](is_edge=is_first or step == self._total_steps)
 
     def _heldout(self, record: dict[str, Any]) -> None:
         self._pace.interruption()
-        parts = [f"held-out loss {as_figure(record.get('loss'), '.4f')}"]
+        is_base = record.get("step") == 0
+        parts = [("before training, " if is_base else "") + f"held-out loss {as_figure(record.get('loss'), '.4f')}"]
         if is_number(record.get("perplexity")):
             parts.append(f"perplexity {record['perplexity']:,.2f}")
-        if record.get("is_best"):
+        if record.get("is_best") and not is_base:
             parts.append("best so far")
         self._last_line(record, ", ".join(parts), style="bold green" if record.get("is_best") else "bold")
 
@@ -214,7 +216,8 @@ class ProgressLine:
         parts = [(0, f"step {step:,}" + (f"/{total:,}" if total else ""))]
         if is_number(record.get("epoch")):
             parts.append((4, f"epoch {record['epoch']:.2f}"))
-        parts.append((1, f"loss {as_figure(self._smoothed_loss, '.4f')}"))
+        smoothed = self._loss_sum / self._loss_weight if self._loss_weight else None
+        parts.append((1, f"loss {as_figure(smoothed, '.4f')}"))
         parts.append((5, f"(this step {as_figure(record.get('loss'), '.4f')})"))
         if is_number(record.get("tokens_per_s")):
             parts.append((3, f"{record['tokens_per_s']:,.0f} tokens/s"))
