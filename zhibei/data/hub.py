@@ -151,7 +151,7 @@ def download(source: Source, notice: Callable[[str], None] | None = None) -> lis
     Offline, a complete earlier download is used. Raises UserError for data sets that are absent, gated or out of reach.
     """
     import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
     from huggingface_hub.repocard import metadata_load
 
     def card_of(path: str | Path) -> Any:
@@ -174,6 +174,8 @@ def download(source: Source, notice: Callable[[str], None] | None = None) -> lis
         ) from None
     except errors.RepositoryNotFoundError:
         raise _neither(source, "the hub has no public data set of that name (or it is private)") from None
+    except errors.HFValidationError:
+        raise _neither(source, "it is none, by its form") from None
     except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = _reason(error)
     except Exception as error:
@@ -181,16 +183,22 @@ def download(source: Source, notice: Callable[[str], None] | None = None) -> lis
         if "connect" not in type(error).__name__.lower() and "timeout" not in type(error).__name__.lower():
             raise
         reason = _reason(error)
-    try:
-        folder = Path(hub.snapshot_download(source.path, repo_type="dataset", local_files_only=True))
-    except Exception:
-        raise _neither(source, f"the hub cannot be reached ({reason}), nor is there an earlier download") from None
+    folder = _earlier_download(Path(constants.HF_HUB_CACHE), source.path)
+    if folder is None:
+        raise _neither(source, f"the hub cannot be reached ({reason}), nor is there an earlier download")
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     configs = card_of(folder / "README.md") if "README.md" in names else None
     if notice:
         notice(f"{source.path}: the hub cannot be reached ({reason}); using the earlier download {folder.name[:8]}")
     label = f"{source.path}@{folder.name[:8]}"
     return [(folder / name, f"{label}/{name}") for name in choose_files(names, source, configs=configs)]
+
+
+def _earlier_download(cache: Path, name: str) -> Path | None:
+    """The newest commit of a data set in the hub's cache. It may lack files that were not asked for; parts of a split
+    that are missing are noticed when its files are chosen."""
+    commits = (cache / f"datasets--{name.replace('/', '--')}" / "snapshots").glob("*")
+    return max(commits, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 class _Fetch:

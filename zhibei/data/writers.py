@@ -143,7 +143,7 @@ def write_prompt_completion(record: Record) -> list[dict[str, Any]]:
     own = ("prompt", "completion", "system", "tools")
     fields = leftovers(it.messages, it.extra)
     plain = [message.role for message in it.messages] in (["user", "assistant"], ["system", "user", "assistant"])
-    if plain and not it.extra.get("unanswered"):
+    if plain and it.messages[0].content and not it.extra.get("unanswered"):
         row: dict[str, Any] = {"prompt": spoken(it.messages[-2]), "completion": it.messages[-1].content}
         if it.messages[0].role == "system":
             row["system"] = it.messages[0].content
