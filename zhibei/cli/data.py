@@ -18,7 +18,7 @@ app = App(
     name="data",
     help="""Look at data before you train on it.
 
-Examples:
+For example:
 
   zhibei data inspect alpaca_data.json --tokenizer llama-7b
   zhibei data convert alpaca_data.json alpaca.jsonl --to openai
