@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -180,6 +181,14 @@ def test_the_process_leaves_with_the_code_and_no_traceback(tmp_path: Path) -> No
     assert "no such file" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_terminal_without_unicode_still_gets_the_message(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zhibei", "config", str(tmp_path / "指北.yaml")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert r"\u6307\u5317.yaml: no such file" in done.stderr
 
 
 def test_a_closed_pipe_is_no_error() -> None:

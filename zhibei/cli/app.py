@@ -2,7 +2,8 @@
 
 A verb lives in `zhibei/cli/<file>.py` as a function of its own name (`zhibei.cli.train:resume`), or, for a verb with
 verbs of its own, as a cyclopts App called `app` (`zhibei.cli.data:app`, App(name="data")). Its docstring is its help:
-one line of purpose, a blank line, then examples. It returns None or an exit code, prints results through
+one line of purpose, a blank line, then examples (in an App's own help headed "For example:", because cyclopts takes
+"Examples:" there for a section and drops it). It returns None or an exit code, prints results through
 `console.emit`, and raises UserError. COMMANDS below is the whole registry.
 """
 
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import TextIOWrapper
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -68,6 +70,9 @@ def _shown_default(value: object) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: run and leave with the exit code of `run_command`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show 指 still gets the message
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run_command(sys.argv[1:] if arguments is None else list(arguments)))
 
 
