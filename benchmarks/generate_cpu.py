@@ -2,7 +2,7 @@
 
     python -m benchmarks.generate_cpu --model shared/data/models/stories3M
 
-Both answer the same prompts greedily in fp32 on one thread, in turns, so that other work on the machine meets both: once
+Both answer the same prompts greedily in fp32 on one thread, in turns, so that other work meets both: once
 with answers of a fixed length, once with answers that end at their first line break, each at its own place.
 `cpu_seconds` is the processor time of this process, which other work disturbs less than the clock. The answers are
 compared token by token before anything is measured.
