@@ -163,8 +163,8 @@ def read_metrics(path: Path, *, notes: list[str] | None = None) -> list[dict[str
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+                raise ValueError("not an object with kind and step")
         except ValueError as problem:
             if number == len(lines) and not line.endswith(b"\n"):
                 if notes is not None:
@@ -185,7 +185,7 @@ def read_metrics(path: Path, *, notes: list[str] | None = None) -> list[dict[str
 def rewind_metrics(path: Path, *, step: int) -> list[str]:
     """Drop the records after `step` and a torn last line, so that a resumed run goes on from one curve.
 
-    What is dropped is appended to `metrics.dropped.jsonl` beside it. Returns notes for a person.
+    A last record that only lost its line end gets it back. What is dropped is appended to `metrics.dropped.jsonl` beside it. Returns notes for a person.
     """
     notes: list[str] = []
     records = read_metrics(path, notes=notes)
@@ -195,6 +195,6 @@ def rewind_metrics(path: Path, *, step: int) -> list[str]:
         with open(path.with_name("metrics.dropped.jsonl"), "a", encoding="utf-8") as file:
             file.writelines(as_line(record) for record in dropped)
         notes.append(f"{len(dropped)} records after step {step} moved to metrics.dropped.jsonl; these steps run again")
-    if dropped or notes:
+    if dropped or notes or (records and not path.read_bytes().endswith(b"\n")):
         write_text_atomic(path, "".join(as_line(record) for record in kept))
     return notes
