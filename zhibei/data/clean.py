@@ -63,7 +63,8 @@ DISCLAIMER = re.compile(
     re.I,
 )
 OTHER_MODEL = re.compile(r"\b(open ?ai|chatgpt|gpt-?[345]\w*|anthropic|claude|bard)\b", re.I)
-EMPTY_CODE = re.compile(r"```[\w+-]*\s*```|<code>\s*</code>|<pre>\s*</pre>")
+EMPTY_TAG = re.compile(r"<(code|pre)>\s*</\1>")
+CODE_BLOCK = re.compile(r"```[\w+-]*\s*(.*?)```", re.S)
 PICTURE = re.compile(
     r"!\[[^\]]*\]\(http|\bimg\s?src\s?=|\bimage:|^\s*(please )?(draw|sketch|paint|photograph)\b"
     r"|\b(generate|create|design|make|produce|show|attach)\b[^.\n]{0,40}\b(image|picture|photo|drawing|sketch|painting|"
@@ -74,7 +75,7 @@ NUMBERED = re.compile(r"^\s*(\d{1,3})[.)]\s", re.M)
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff]")
 MOJIBAKE = re.compile("Ã[\x80-\xbf©¨¤¶¼±]|â€[\x80-\xbf™œžŸ˜“”¦\u2013\u2014]|ï»¿|Â[\xa0-\xbf]|锟斤拷|烫烫烫")
 TAGS = re.compile(r"</?(div|span|p|br|td|tr|table|tbody|font|ul|ol|li|script|style)\b[^<>]{0,200}>", re.I)
-ENTITY = re.compile(r"&(lt|gt|amp|nbsp|quot|apos|#x?[0-9a-f]{2,5});|\bCopy code\b", re.I)
+ENTITY = re.compile(r"&(lt|gt|amp|nbsp|quot|apos|#x?[0-9a-f]{2,5});|Copy code\b", re.I)
 MARKUP_TOPIC = re.compile(r"html|xml|markup|\btags?\b|web ?(page|site)|css|javascript|react|escape|entit", re.I)
 ESCAPED = re.compile(r"\\n(?![a-z])|\\t(?![a-z])|\\_(?!_)")
 CODE_TOPIC = re.compile(
@@ -148,7 +149,9 @@ def placeholder_answer(it: Exchange) -> bool:
 
 def empty_code(it: Exchange) -> bool:
     """A code block without code."""
-    return bool(EMPTY_CODE.search(it.answer))
+    if "```" in it.answer and not all(block.strip() for block in CODE_BLOCK.findall(it.answer)):
+        return True
+    return bool(EMPTY_TAG.search(it.answer))
 
 
 def asks_for_picture(it: Exchange) -> bool:
