@@ -68,6 +68,12 @@ def test_plain_output_has_no_control_characters() -> None:
     assert all(character == "\n" or character.isprintable() for character in play("plain", RUN))
 
 
+@pytest.mark.parametrize("mode", ["plain", "quiet"])
+def test_text_of_a_record_cannot_move_the_cursor(mode: Any) -> None:
+    stopped = {"kind": "event", "step": 7, "event": "stopped", "text": "row\x1b[2J\r\nof text"}
+    assert play(mode, [stopped]) == "step 7: stopped: row [2J  of text\n"
+
+
 def test_quiet_shows_only_what_went_wrong() -> None:
     assert play("quiet", RUN) == ""
     stopped = {"kind": "event", "step": 7, "event": "stopped", "text": "loss is not finite"}

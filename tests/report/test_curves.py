@@ -113,5 +113,6 @@ def test_tick_labels_are_short(value: float, label: str) -> None:
 def test_labels_of_one_axis_have_equal_decimals() -> None:
     assert tick_labels([1.0, 1.5, 2.0]) == ["1.0", "1.5", "2.0"]
     assert tick_labels([1.0, 2.0]) == ["1", "2"]
+    assert tick_labels([0, 7.5e-4, 1e-3]) == ["0", "7.5e-4", "1e-3"]
     assert tick_labels([0, 5000, 10000]) == ["0", "5k", "10k"]
     assert tick_labels([0.0, 5e-6, 1e-5]) == ["0", "5e-6", "1e-5"]

@@ -189,9 +189,8 @@ class ProgressLine:
         is_bad = event in ("stopped", "warning")
         if is_bad or self.mode != "quiet":
             text = "; ".join(part for part in (str(record.get("text") or ""), started_text(record)) if part) or event
-            self._last_line(
-                record, text if text.startswith(event) else f"{event}: {text}", style="red" if is_bad else ""
-            )
+            text = printable(text if text.startswith(event) else f"{event}: {text}")
+            self._last_line(record, text, style="red" if is_bad else "")
         if event in LAST_EVENTS:
             self.close()
 
@@ -266,6 +265,11 @@ def as_figure(value: Any, style: str) -> str:
     if is_number(value):
         return format(value, style)
     return "not known yet" if value is None else str(value)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: text of a data file must not move a person's cursor."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def as_json_line(record: dict[str, Any]) -> str:

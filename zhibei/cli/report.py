@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from zhibei.cli import console
-from zhibei.cli.progress import as_duration
+from zhibei.cli.progress import as_duration, printable
 from zhibei.config.errors import UserError
 
 # key of key_figures -> (label, format)
@@ -103,7 +103,7 @@ def as_text(name: str, figures: dict[str, Any]) -> Text:
     """The key figures that are known, one a line."""
     text = Text(name, style="bold").append(f"  {figures['status']}", style="not bold")
     if figures["reason"]:
-        text.append(f": {figures['reason']}", style="not bold")
+        text.append(f": {printable(figures['reason'])}", style="not bold")
     for key, (label, style) in SHOWN.items():
         if figures[key] is not None:
             text.append(f"\n  {label:<24} {format(figures[key], style):>14}", style="not bold")

@@ -108,17 +108,24 @@ def tick_label(value: float) -> str:
         return "0"
     size = abs(value)
     if size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
+        return scientific(value)
     for limit, divisor, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= limit:
             return f"{value / divisor:g}{suffix}"
     return f"{value:.6g}"
 
 
+def scientific(value: float) -> str:
+    """0.00015 -> 1.5e-4."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def tick_labels(values: Sequence[float]) -> list[str]:
     """Labels of one axis: plain decimals all get as many digits behind the point as the longest, and k goes with k."""
     labels = [tick_label(value) for value in values]
+    if any("e" in label for label in labels):
+        return [scientific(value) if value else "0" for value in values]
     if any(label.endswith("k") for label in labels):
         return [f"{value / 1000:g}k" if value else "0" for value in values]
     if any(not label.replace(".", "").replace("-", "").isdigit() for label in labels):
