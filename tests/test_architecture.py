@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
 import zhibei
 from tests.architecture import ALLOWED, LAYERS, broken_rules
+from zhibei.config.run import Source
+from zhibei.config.words import leaf_fields
 
 PACKAGE = Path(zhibei.__file__).parent
 HEALTHY = '"""What it is."""\n'
@@ -27,6 +30,22 @@ def test_every_layer_of_the_picture_is_in_the_package_docstring() -> None:
     there = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     for folders in LAYERS:
         assert all(folder in picture for folder in folders if folder in there)
+
+
+def unread_fields(names: list[str], package: Path) -> list[str]:
+    """Fields of the run file whose last name no file outside of config ever reads as an attribute."""
+    read: set[str] = set()
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).parts[0] != "config":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return [name for name in names if name.rpartition(".")[2] not in read]
+
+
+def test_every_field_of_the_run_file_is_read_by_someone() -> None:
+    names = [name for name, _ in leaf_fields()] + [f"data.sources[].{name}" for name in Source.model_fields]
+    assert unread_fields(names, PACKAGE) == []
+    assert unread_fields(["sft.forgotten"], PACKAGE) == ["sft.forgotten"]
 
 
 def plant(tmp_path: Path, files: dict[str, str]) -> list[str]:

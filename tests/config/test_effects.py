@@ -22,6 +22,7 @@ CASES = [
     ("sft.warmup_ratio", ["sft.warmup_ratio=0.1", "sft.warmup_steps=9"], ["sft.warmup_ratio=0.1"]),
     ("sft.decay_ratio", ["sft.decay_ratio=0.1"], ["sft.decay_ratio=0.1", "sft.schedule=wsd"]),
     ("sft.min_lr_ratio", ["sft.min_lr_ratio=0.1", "sft.schedule=constant"], ["sft.min_lr_ratio=0.1"]),
+    ("sft.beta2", ["sft.beta2=0.95", "sft.optimizer=adafactor"], ["sft.optimizer=adafactor"]),
     ("sft.sample_prompts", ["sft.sample_prompts=[hi]", "sft.sample_tokens=0"], ["sft.sample_prompts=[hi]"]),
     ("sft.keep_best", ["sft.keep_best=true", "data.validation=0"], ["sft.keep_best=true"]),
     (

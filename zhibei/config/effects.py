@@ -132,6 +132,13 @@ RULES: list[Rule] = [
         "remove sft.min_lr_ratio, or choose another schedule",
     ),
     _no_effect(
+        lambda run: run.sft.optimizer == "adafactor",
+        "sft.beta1 sft.beta2 sft.epsilon",
+        "sft.optimizer",
+        "adafactor derives its own decay and floor (arXiv:1804.04235)",
+        "remove it, or choose adamw or adamw_8bit",
+    ),
+    _no_effect(
         lambda run: run.sft.sample_tokens == 0,
         "sft.sample_prompts",
         "sft.sample_tokens",
