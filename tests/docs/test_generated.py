@@ -56,6 +56,14 @@ def test_readme_has_the_two_commands_and_every_verb(name: str) -> None:
     assert all(f"`zhibei {verb}`" in text for verb in COMMANDS)
 
 
+def test_files_the_tour_names_exist() -> None:
+    text = (REPOSITORY / "docs" / "tour.md").read_text()
+    named = re.findall(r"`([\w/]+\.(?:py|md))`", text)
+    assert len(named) >= 15
+    roots = (REPOSITORY, REPOSITORY / "zhibei")
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "CHANGELOG.md"])
 def test_links_between_documents_lead_somewhere(name: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (REPOSITORY / name).read_text())
