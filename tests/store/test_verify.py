@@ -18,6 +18,7 @@ from zhibei.cli.app import run_command
 from zhibei.config.errors import UserError
 from zhibei.store.checkpoint import save_checkpoint
 from zhibei.store.manifest import DESCRIBED, finish_manifest, new_manifest, write_manifest
+from zhibei.store.pipeline_dir import write_pipeline
 from zhibei.store.shards import DTYPES, save_tensors
 from zhibei.store.verify import inspect_folder, verify_folder
 from zhibei.store.weights import inspect_weights
@@ -264,6 +265,19 @@ def test_damage_to_a_run_is_named(damage: Callable[[Path], Any], said: str, run_
     damage(run_dir)
     problems = [str(problem) for problem in verify_folder(run_dir)]
     assert any(said in problem for problem in problems), problems
+
+
+def test_a_pipeline_is_verified_stage_by_stage(run_dir: Path) -> None:
+    folder = run_dir.parent
+    write_pipeline(folder, stages=["run"], final="run")
+    verdict = inspect_folder(folder)
+    assert (verdict.kind, verdict.is_sound, len(verdict.files)) == ("pipeline", True, 18)
+    flip(first_shard(run_dir / "model"))
+    assert [problem.path for problem in verify_folder(folder)] == [str(first_shard(run_dir / "model"))]
+    write_pipeline(folder, stages=["run", "lost"], final="run")
+    assert "missing, although pipeline.json names this stage" in [problem.what for problem in verify_folder(folder)]
+    (folder / "pipeline.json").write_text("{}")
+    assert [problem.what for problem in verify_folder(folder)] == ["names no stages"]
 
 
 def test_left_overs_and_a_torn_line_of_a_killed_run_are_notes(run_dir: Path) -> None:

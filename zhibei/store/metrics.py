@@ -185,7 +185,8 @@ def read_metrics(path: Path, *, notes: list[str] | None = None) -> list[dict[str
 def rewind_metrics(path: Path, *, step: int) -> list[str]:
     """Drop the records after `step` and a torn last line, so that a resumed run goes on from one curve.
 
-    A last record that only lost its line end gets it back. What is dropped is appended to `metrics.dropped.jsonl` beside it. Returns notes for a person.
+    A last record that only lost its line end gets it back. What is dropped is appended to `metrics.dropped.jsonl`
+    beside it. Returns notes for a person.
     """
     notes: list[str] = []
     records = read_metrics(path, notes=notes)

@@ -15,13 +15,14 @@ from zhibei.store.ledger import read_ledger
 from zhibei.store.manifest import read_manifest
 from zhibei.store.metrics import read_metrics
 from zhibei.store.model_folder import inspect_adapter_folder, inspect_model_folder
+from zhibei.store.pipeline_dir import PIPELINE_FILE
 from zhibei.store.run_dir import RunDir
 from zhibei.store.weights import FileFindings, inspect_json, inspect_weights
 
 
 @dataclass
 class Verdict:
-    """What was looked at, file by file. `kind`: checkpoint, checkpoints, run, model or adapter."""
+    """What was looked at, file by file. `kind`: checkpoint, checkpoints, run, pipeline, model or adapter."""
 
     path: Path
     kind: str
@@ -191,11 +192,29 @@ def _against_hashes(folder: Path, recorded: list[dict[str, Any]]) -> list[FileFi
     return files
 
 
+def inspect_pipeline(path: Path) -> list[FileFindings]:
+    """Every run of a pipeline, in the order of its stages."""
+    findings, content = inspect_json(path / PIPELINE_FILE)
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, list) or not stages:
+        findings.problems += [] if findings.problems else ["names no stages"]
+        return [findings]
+    files = [findings]
+    for stage in stages:
+        run = path / str(stage)
+        if run.is_dir():
+            files += inspect_run(run)
+        else:
+            files.append(FileFindings(run, problems=["missing, although pipeline.json names this stage"]))
+    return files
+
+
 KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], list[FileFindings]]]] = {
     "checkpoint": (
         lambda path: (path / "files.json").is_file() or STEP_NAME.fullmatch(path.name) is not None,
         inspect_checkpoint,
     ),
+    "pipeline": (lambda path: (path / PIPELINE_FILE).is_file(), inspect_pipeline),
     "run": (lambda path: RunDir(path).manifest.is_file() or RunDir(path).resolved.is_file(), inspect_run),
     "adapter": (lambda path: (path / "adapter_config.json").is_file(), inspect_adapter_folder),
     "model": (
