@@ -169,3 +169,53 @@ def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -
             fix="raise data.max_tokens, or set data.too_long: drop",
             where="data.max_tokens",
         )
+
+
+def format_audit(audit: dict[str, Any]) -> str:
+    """The audit as lines of text, for a terminal or a log, before training starts."""
+    lengths = audit["lengths"]
+    lines = [
+        f"rows        {audit['rows_read']:,} read, {audit['rows_kept']:,} kept "
+        f"({audit['rows_train']:,} to train on, {audit['rows_heldout']:,} held out)",
+    ]
+    for action in ("dropped", "changed"):
+        if audit[action]:
+            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in audit[action].items())
+            lines.append(f"{action:<12}{reasons} (see the ledger)")
+    bos = audit["bos_per_row"]
+    lines += [
+        f"tokens      {audit['tokens']:,}, of which {audit['supervised_share']:.1%} are learned",
+        f"answers     {audit['answers']:,}; {audit['terminators_supervised_share']:.2%} keep and learn their terminator "
+        f"{audit['terminator']!r}",
+        f"BOS         {bos['min']} to {bos['max']} per row"
+        if bos["min"] != bos["max"]
+        else f"BOS         {bos['min']} per row",
+    ]
+    compared = sum(audit["prompts_compared"].values())
+    if compared:
+        equal = audit["prompts_compared"]["equal"]
+        lines.append(f"prompts     {equal:,} of {compared:,} compared have the same ids in training and in chatting")
+    if lengths["percentiles"]:
+        p = lengths["percentiles"]
+        lines.append(
+            f"length      {p['0']} to {p['100']} tokens, mean {lengths['mean']:.0f}, median {p['50']}, "
+            f"95% up to {p['95']}, 99% up to {p['99']}"
+        )
+        lines += _bars(lengths["histogram"])
+    if len(audit["sources"]) > 1:
+        lines += [
+            f"source      {one['source']}: {one['rows']:,} rows, {one['tokens']:,} tokens" for one in audit["sources"]
+        ]
+    lines += [f"note        {notice}" for notice in audit["notices"]]
+    return "\n".join(lines)
+
+
+def _bars(histogram: Sequence[dict[str, int]]) -> list[str]:
+    """One line per bin between the first and the last that hold rows."""
+    filled = [place for place, one in enumerate(histogram) if one["rows"]]
+    shown = histogram[filled[0] : filled[-1] + 1] if filled else []
+    most = max((one["rows"] for one in shown), default=1)
+    return [
+        f"            {one['from']:>6} - {one['below'] - 1:<6} {'█' * round(30 * one['rows'] / most):<30} {one['rows']:,}"
+        for one in shown
+    ]
