@@ -53,6 +53,16 @@ def test_convert_and_refusal(rows: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(capsys.readouterr().out)["rows"] == 4
 
 
+def test_a_file_without_one_sound_record_is_shown_too(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows.write_text(json.dumps({"instruction": "a", "inptu": "b", "output": "c"}))
+    assert run_command(["data", "inspect", str(rows)]) == 2
+    assert "columns: {input: inptu}" in capsys.readouterr().out
+    assert run_command(["data", "inspect", str(rows), "--columns", "input=inptu"]) == 0
+    target = rows.with_suffix(".jsonl")
+    assert run_command(["data", "convert", str(rows), str(target), "--to", "alpaca", "--columns", "input=inptu"]) == 0
+    assert json.loads(target.read_text()) == {"instruction": "a", "input": "b", "output": "c"}
+
+
 def test_formats_are_listed_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["data", "formats", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -64,7 +74,12 @@ def test_formats_are_listed_with_examples(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     "arguments",
-    [["data", "inspect"], ["data", "inspect", "nothing.json"], ["data", "inspect", "x.json", "--plot", "a.png"]],
+    [
+        ["data", "inspect"],
+        ["data", "inspect", "nothing.json"],
+        ["data", "inspect", "x.json", "--columns", "output"],
+        ["data", "inspect", "x.json", "--plot", "a.png"],
+    ],
 )
 def test_bad_requests_are_the_users(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(arguments) == 2

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zhibei.config.errors import UserError
 from zhibei.data.convert import convert, same, to_rows
 from zhibei.data.formats import FORMATS
-from zhibei.data.readers import read_file
+from zhibei.data.readers import open_file, read_file
 from zhibei.data.records import Conversation, Judged, Origin, Preference, Prompt, Record
 from zhibei.data.writers import WRITERS
 from zhibei.text.messages import Message
@@ -180,7 +180,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["out.json", "out.jsonl", "out.jsonl.gz"])
 def test_files_hold_all_rows_and_nothing_else_is_left(source: Path, name: str) -> None:
     target = source.with_name(name)
-    assert convert(source, target, to="openai").num_rows == 3
+    assert convert(open_file(source), target, to="openai").num_rows == 3
     before, after = list(read_file(source)), list(read_file(target))
     assert [r.messages for r in after] == [r.messages for r in before]  # type: ignore[union-attr]
     assert sorted(path.name for path in source.parent.iterdir()) == sorted(["in.jsonl", name])
@@ -190,12 +190,12 @@ def test_nothing_that_exists_is_touched_by_a_failure(source: Path) -> None:
     target = source.with_name("out.jsonl")
     target.write_text("precious")
     with pytest.raises(UserError, match="exists already"):
-        convert(source, target, to="openai")
+        convert(open_file(source), target, to="openai")
     source.write_text(source.read_text() + "\n{broken")
     with pytest.raises(UserError, match=r"line 4"):
-        convert(source, target, to="openai", force=True)
+        convert(open_file(source), target, to="openai", force=True)
     assert target.read_text() == "precious"
-    done = convert(source, target, to="openai", force=True, drop=True)
+    done = convert(open_file(source), target, to="openai", force=True, drop=True)
     assert (done.num_rows, [record.origin.line for record in done.left_out]) == (3, [4])
     assert len(target.read_text().splitlines()) == 3
     assert sorted(path.name for path in source.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -211,7 +211,7 @@ def test_nothing_that_exists_is_touched_by_a_failure(source: Path) -> None:
 )
 def test_targets_that_cannot_be(source: Path, name: str, to: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        convert(source, source.with_name("x").parent / name, to=to)
+        convert(open_file(source), source.with_name("x").parent / name, to=to)
 
 
 def test_every_writer_is_a_format() -> None:

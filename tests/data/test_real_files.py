@@ -145,16 +145,16 @@ def test_tool_conversations_survive_a_conversion(shared: Shared, tmp_path: Path,
     source = shared("data", *name.split("/"))
     other = tmp_path / "other.jsonl"
     back = tmp_path / "back.json"
-    convert(source, other, to="sharegpt" if "reason" in name else "openai")
-    convert(other, back, to="openai" if "reason" in name else "sharegpt")
+    convert(open_file(source), other, to="sharegpt" if "reason" in name else "openai")
+    convert(open_file(other), back, to="openai" if "reason" in name else "sharegpt")
     before = [same(record) for record in read_file(source) if isinstance(record, Conversation)]
     assert [same(record) for record in read_file(back) if isinstance(record, Conversation)] == before
 
 
 def test_dialogues_survive_as_pairs(shared: Shared, tmp_path: Path) -> None:
     source = shared("data", "anthropics+hh-rlhf", "harmless-base", "test.jsonl.gz")
-    done = convert(source, tmp_path / "pairs.jsonl", to="preference", drop=True)
-    convert(tmp_path / "pairs.jsonl", tmp_path / "back.jsonl.gz", to="hh_rlhf")
+    done = convert(open_file(source), tmp_path / "pairs.jsonl", to="preference", drop=True)
+    convert(open_file(tmp_path / "pairs.jsonl"), tmp_path / "back.jsonl.gz", to="hh_rlhf")
     before = [same(record) for record in read_file(source) if isinstance(record, Preference)]
     assert [same(r) for r in read_file(tmp_path / "back.jsonl.gz") if isinstance(r, Preference)] == before
     assert done.num_rows == len(before) == 2312 - 13

@@ -43,6 +43,7 @@ def inspect(
     *files: str,
     tokenizer: str | None = None,
     format: str = "auto",
+    columns: tuple[str, ...] = (),
     json: bool = False,
     plot: Path | None = None,
 ) -> int | None:
@@ -64,6 +65,8 @@ def inspect(
         A model or tokenizer folder: lengths are shown in its tokens too.
     format
         Name of the format, if it is not to be recognised.
+    columns
+        Fields under other names, as OURS=THEIRS: --columns output=gpt4_answer. May be given several times.
     json
         One JSON document.
     plot
@@ -79,7 +82,11 @@ def inspect(
             f"cannot plot into {plot.suffix!r}", expected=".html or .svg", fix="choose such a name", where=str(plot)
         )
     count = _token_counter(tokenizer) if tokenizer else None
-    found = [inspect_file(path, format=format, count_tokens=count, label=label) for path, label in _expanded(files)]
+    names = _renaming(columns)
+    found = [
+        inspect_file(path, format=format, columns=names, count_tokens=count, label=label)
+        for path, label in _expanded(files)
+    ]
     if json:
         console.emit({"files": found}, as_json=True)
     else:
@@ -89,6 +96,17 @@ def inspect(
         plot.write_text(plot_page(found, as_svg=plot.suffix == ".svg"), encoding="utf-8")
         console.stderr.print(f"lengths plotted into {plot}")
     return USER_MUST_ACT if any(facts["broken"]["count"] for facts in found) else None
+
+
+def _renaming(columns: tuple[str, ...]) -> dict[str, str]:
+    """OURS=THEIRS pairs as the run file's `columns`."""
+    for pair in columns:
+        ours, sign, theirs = pair.partition("=")
+        if not (ours and sign and theirs):
+            raise UserError(
+                f"--columns {pair!r}", expected="OURS=THEIRS", fix="e.g. --columns output=gpt4_answer", where=""
+            )
+    return dict(pair.split("=", 1) for pair in columns)
 
 
 def _expanded(files: tuple[str, ...]) -> list[tuple[Path, str]]:
@@ -119,6 +137,7 @@ def convert(
     *,
     to: str,
     from_: Annotated[str, Parameter(name="--from")] = "auto",
+    columns: tuple[str, ...] = (),
     drop: bool = False,
     force: bool = False,
     json: bool = False,
@@ -143,6 +162,8 @@ def convert(
         Name of the format to write (zhibei data formats).
     from_
         Name of the format to read, if it is not to be recognised.
+    columns
+        Fields under other names, as OURS=THEIRS: --columns output=gpt4_answer. May be given several times.
     drop
         Leave broken records out and list them, instead of stopping at the first.
     force
@@ -152,8 +173,10 @@ def convert(
     """
     from zhibei.data.convert import convert as convert_file
     from zhibei.data.inspect import broken_entry
+    from zhibei.data.readers import open_file
 
-    done = convert_file(source, target, to=to, from_format=from_, drop=drop, force=force)
+    file = open_file(source, from_, _renaming(columns))
+    done = convert_file(file, target, to=to, drop=drop, force=force)
     if json:
         facts = {"from": done.from_format, "to": done.to_format, "rows": done.num_rows, "file": str(target)}
         console.emit({**facts, "left_out": [broken_entry(record) for record in done.left_out]}, as_json=True)

@@ -58,6 +58,9 @@ def _parts(facts: dict[str, Any]) -> Iterator[RenderableType]:
         types = ", ".join(field["types"])
         table.add_row(field["name"], types, percent(field["present"]), percent(field["filled"]), Text(field["example"]))
     yield table
+    if facts["speakers"]:
+        yield _heading("Speakers")
+        yield Text(", ".join(f"{name} {count}" for name, count in facts["speakers"].items()))
     if facts["turns"] and set(facts["turns"]) != {"0"}:
         yield _heading("Questions per record")
         yield Text(", ".join(f"{turns}: {count}" for turns, count in facts["turns"].items()))
@@ -82,6 +85,8 @@ def _broken(broken: dict[str, Any]) -> Iterator[RenderableType]:
 
 def _lengths(found: dict[str, Any], num_records: int) -> Iterator[RenderableType]:
     unit = found["unit"]
+    if not found["whole"]["count"]:
+        return
     note = "without a template" if unit == "tokens" else ""
     yield _heading(f"Lengths in {unit}", note)
     table = Table("", "mean", "min", box=None, pad_edge=False, header_style="dim")

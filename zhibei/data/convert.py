@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 from zhibei.config.errors import UserError
 from zhibei.data.formats import FORMATS
-from zhibei.data.readers import OpenFile, open_file, suffix_of
+from zhibei.data.readers import OpenFile, suffix_of
 from zhibei.data.records import BrokenRecord, Fault, Origin, Preference, Record
 from zhibei.data.writers import WRITERS
 
@@ -29,13 +29,13 @@ class Conversion:
     left_out: list[BrokenRecord] = field(default_factory=list)
 
 
-def convert(
-    source: Path, target: Path, *, to: str, from_format: str = "auto", drop: bool = False, force: bool = False
-) -> Conversion:
-    """Writes `target` in the format `to`. Raises UserError, and leaves `target` as it was, when it exists already
-    (without `force`), when a record is broken (without `drop`), or when a row cannot be held without loss."""
+def convert(file: OpenFile, target: Path, *, to: str, drop: bool = False, force: bool = False) -> Conversion:
+    """Writes the records of a file into `target` in the format `to`.
+
+    Raises UserError, and leaves `target` as it was, when it exists already (without `force`), when a record is broken
+    (without `drop`), or when a row cannot be held without loss.
+    """
     _check_target(target, to, force)
-    file = open_file(source, from_format)
     done = Conversion(file.format, to)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -47,7 +47,7 @@ def convert(
                     "no record could be converted",
                     expected="at least one",
                     fix="look at the broken records",
-                    where=str(source),
+                    where=file.source,
                 )
             os.replace(temporary, target)
         finally:

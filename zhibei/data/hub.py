@@ -145,10 +145,13 @@ def _check_shards(chosen: Sequence[str], source: Source) -> None:
             )
 
 
-def download(source: Source, notice: Callable[[str], None] | None = None) -> list[tuple[Path, str]]:
+def download(
+    source: Source, notice: Callable[[str], None] | None = None, *, advice: str = ""
+) -> list[tuple[Path, str]]:
     """Downloads what is needed (kept in the hub's own cache) and returns (file, name to show) in order.
 
-    Offline, a complete earlier download is used. Raises UserError for data sets that are absent, gated or out of reach.
+    `advice` is said when there is no such data set. Offline, an earlier download is used.
+    Raises UserError for data sets that are absent, gated or out of reach.
     """
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
@@ -173,9 +176,9 @@ def download(source: Source, notice: Callable[[str], None] | None = None) -> lis
             where=source.path,
         ) from None
     except errors.RepositoryNotFoundError:
-        raise _neither(source, "the hub has no public data set of that name (or it is private)") from None
+        raise _neither(source, advice, "the hub has no public data set of that name (or it is private)") from None
     except errors.HFValidationError:
-        raise _neither(source, "it is none, by its form") from None
+        raise _neither(source, advice, "it is none, by its form") from None
     except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = _reason(error)
     except Exception as error:
@@ -185,7 +188,7 @@ def download(source: Source, notice: Callable[[str], None] | None = None) -> lis
         reason = _reason(error)
     folder = _earlier_download(Path(constants.HF_HUB_CACHE), source.path)
     if folder is None:
-        raise _neither(source, f"the hub cannot be reached ({reason}), nor is there an earlier download")
+        raise _neither(source, advice, f"the hub cannot be reached ({reason}), nor is there an earlier download")
     names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     configs = card_of(folder / "README.md") if "README.md" in names else None
     if notice:
@@ -218,10 +221,10 @@ def _reason(error: Exception) -> str:
     return text[:100] or type(error).__name__
 
 
-def _neither(source: Source, reason: str) -> UserError:
+def _neither(source: Source, advice: str, reason: str) -> UserError:
     return UserError(
         f"no file or folder of that name here, and as a hub id: {reason}",
         expected="an existing path, or the id (owner/name) of a data set on the hub",
-        fix="check the spelling; offline, download the data set and give its folder",
+        fix=advice or "check the spelling; offline, download the data set and give its folder",
         where=source.path,
     )

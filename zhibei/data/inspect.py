@@ -29,14 +29,19 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 
 
 def inspect_file(
-    path: Path, *, format: str = "auto", count_tokens: CountTokens | None = None, label: str = ""
+    path: Path,
+    *,
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    count_tokens: CountTokens | None = None,
+    label: str = "",
 ) -> dict[str, Any]:
     """Everything `zhibei data inspect` says about one file.
 
     Texts and hashes of all records are held in memory; near duplicates are looked for in the first 200,000.
     Raises UserError when the file as a whole cannot be read.
     """
-    file = open_file(path, format, label=label)
+    file = open_file(path, format, columns, label=label)
     records: list[Record] = []
     broken: list[BrokenRecord] = []
     for record in file.records:
@@ -44,6 +49,7 @@ def inspect_file(
     texts = [whole_text(record) for record in records]
     hashes = [content_hash(record) for record in records]
     is_first = first_of_equals(hashes)
+    fields, speakers = raw_facts(path)
     return {
         "file": file.source,
         "container": file.container,
@@ -52,7 +58,8 @@ def inspect_file(
         "records": len(records),
         "broken": {"count": len(broken), "examples": [broken_entry(record) for record in broken[:MAX_BROKEN_LISTED]]},
         "kinds": dict(Counter(type(record).__name__ for record in records)),
-        "fields": fields_of(path),
+        "fields": fields,
+        "speakers": speakers,
         "turns": turn_counts(records),
         "lengths": lengths(records, texts, count_tokens),
         "languages": languages(texts),
@@ -76,10 +83,12 @@ def broken_entry(record: BrokenRecord) -> dict[str, Any]:
     }
 
 
-def fields_of(path: Path) -> list[dict[str, Any]]:
-    """Each field of the rows: types, share of rows that have it, share that is not empty, an example."""
+def raw_facts(path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Each field of the rows as the file has it (types, share of rows that have it, share that is not empty, an
+    example), and how often each speaker's name stands in its lists of turns."""
     types: dict[str, Counter[str]] = defaultdict(Counter)
     filled: Counter[str] = Counter()
+    speakers: Counter[str] = Counter()
     example: dict[str, str] = {}
     num_rows = 0
     for row in read_rows(path, str(path)).rows:
@@ -89,11 +98,13 @@ def fields_of(path: Path) -> list[dict[str, Any]]:
         values = row.value.items() if isinstance(row.value, dict) else [("(a list)", row.value)]
         for name, value in values:
             types[name][type_name(value)] += 1
+            if isinstance(value, list):
+                speakers.update(_speakers(value))
             if value is not None and value != "" and value != []:
                 filled[name] += 1
                 if name not in example:
                     example[name] = excerpt(value, 50)
-    return [
+    fields = [
         {
             "name": name,
             "types": dict(counts),
@@ -102,6 +113,15 @@ def fields_of(path: Path) -> list[dict[str, Any]]:
             "example": example.get(name, ""),
         }
         for name, counts in types.items()
+    ]
+    return fields, dict(speakers.most_common())
+
+
+def _speakers(turns: list[Any]) -> list[str]:
+    return [
+        str(turn.get("from", turn.get("role")))
+        for turn in turns
+        if isinstance(turn, dict) and {"from", "role"} & set(turn)
     ]
 
 

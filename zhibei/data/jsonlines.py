@@ -60,7 +60,15 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's bytes, unpacked when its name ends in .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    try:
+        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise UserError(
+            f"the file cannot be read ({error.strerror or error})",
+            expected="a readable file",
+            fix="check its permissions",
+            where=str(path),
+        ) from None
 
 
 def byte_lines(path: Path) -> Iterator[bytes]:

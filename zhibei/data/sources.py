@@ -33,7 +33,7 @@ def files_of(source: Source, notice: Callable[[str], None] | None = None) -> lis
     if is_hub_id(source.path):
         from zhibei.data.hub import download
 
-        return download(source, notice)
+        return download(source, notice, advice=near_name(path))
     raise _missing(source, path)
 
 
@@ -79,11 +79,16 @@ def _folder(path: Path) -> list[Path]:
     return found
 
 
+def near_name(path: Path) -> str:
+    """An existing neighbour with nearly that name, as advice."""
+    names = [name.name for name in path.parent.iterdir()] if path.parent.is_dir() else []
+    stems = {name.split(".")[0]: name for name in names}
+    near = difflib.get_close_matches(path.name, [*names, *stems], n=1)
+    return f"did you mean {path.parent / stems.get(near[0], near[0])}?" if near else ""
+
+
 def _missing(source: Source, path: Path) -> UserError:
-    parent = path.parent
-    names = [name.name for name in parent.iterdir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    hint = f"did you mean {parent / near[0]}?" if near else "check the path"
-    if not parent.is_dir():
-        hint = f"the folder {parent} does not exist; check the path"
+    hint = near_name(path) or "check the path"
+    if not path.parent.is_dir():
+        hint = f"the folder {path.parent} does not exist; check the path"
     return UserError("no such file or folder", expected="an existing file, folder or glob", fix=hint, where=source.path)
