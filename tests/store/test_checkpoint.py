@@ -17,6 +17,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.store import files as files_module
+from zhibei.store import locks
 from zhibei.store.checkpoint import (
     check_checkpoint,
     list_steps,
@@ -312,6 +313,25 @@ def test_a_folder_being_filled_by_another_thread_is_neither_cleaned_nor_filled_t
     leave.set()
     thread.join()
     assert snapshot(tmp_path) == {"step-000001/a": b"first"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_goes_by_process_numbers(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    save(tmp_path, 1)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for pid in (process.pid, os.getppid()):
+        (tmp_path / f".writing-step-000002-{pid}").mkdir()
+        (tmp_path / ".writing-step-000002.lock").touch()
+    found = newest_sound(tmp_path)
+    assert found is not None
+    assert [note.path for note in found.notes] == [str(tmp_path / f".writing-step-000002-{process.pid}")]
 
 
 CONCURRENT = """

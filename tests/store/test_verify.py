@@ -282,11 +282,12 @@ def test_a_pipeline_is_verified_stage_by_stage(run_dir: Path) -> None:
 
 def test_left_overs_and_a_torn_line_of_a_killed_run_are_notes(run_dir: Path) -> None:
     (run_dir / "checkpoints" / ".writing-step-000003-1").mkdir()
+    (run_dir / ".writing-model-1").mkdir()
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"kind": "tra')
     verdict = inspect_folder(run_dir)
     assert verdict.is_sound
-    assert sum(bool(file.notes) for file in verdict.files) == 2
+    assert sum(bool(file.notes) for file in verdict.files) == 3
     assert (run_dir / "checkpoints" / ".writing-step-000003-1").exists()
 
 

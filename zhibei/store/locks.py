@@ -12,6 +12,9 @@ from pathlib import Path
 
 from zhibei.config.errors import UserError
 
+# Some cluster file systems have no locks. There, process numbers must do.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
 
 @contextmanager
 def hold_lock(path: Path, *, patience_seconds: float = 5.0) -> Iterator[None]:
@@ -26,6 +29,8 @@ def hold_lock(path: Path, *, patience_seconds: float = 5.0) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
+            if problem.errno in NO_LOCKS:
+                break
             os.close(descriptor)
             if problem.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
@@ -69,8 +74,8 @@ def take_over(path: Path, *, pid: int) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
+        except OSError as problem:
+            yield problem.errno in NO_LOCKS and not is_running(pid)
             return
         yield _is_same_file(descriptor, path)
     finally:

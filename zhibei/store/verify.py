@@ -100,17 +100,21 @@ def inspect_checkpoint(path: Path) -> list[FileFindings]:
 def inspect_checkpoints(folder: Path) -> list[FileFindings]:
     """All checkpoints of a run; what killed saves left behind is named, and cleaned by the next resume."""
     files = [findings for _, path in list_steps(folder) for findings in inspect_checkpoint(path)]
-    for path in sorted(folder.iterdir()):
-        if LEFT_OVER_NAME.fullmatch(path.name):
-            files.append(FileFindings(path, notes=["left by a save that was killed or is under way"]))
-    return files
+    return files + _left_overs(folder)
+
+
+def _left_overs(folder: Path) -> list[FileFindings]:
+    note = "left by a save that was killed or is under way"
+    return [
+        FileFindings(path, notes=[note]) for path in sorted(folder.iterdir()) if LEFT_OVER_NAME.fullmatch(path.name)
+    ]
 
 
 def inspect_run(path: Path) -> list[FileFindings]:
     """The whole run directory: manifest, metrics, ledger, audit, proofs, every checkpoint and the finished model."""
     run = RunDir(path)
     manifest_file, manifest = _inspect_manifest(run)
-    files = [manifest_file, _inspect_metrics(run.metrics)]
+    files = [manifest_file, _inspect_metrics(run.metrics), *_left_overs(path)]
     if run.ledger.exists():
         files.append(_inspect_ledger(run.ledger))
     files += [inspect_json(name)[0] for name in (run.audit,) if name.exists()]
