@@ -15,7 +15,7 @@ from zhibei.generate.decoding import answering
 from zhibei.generate.draws import uniform
 from zhibei.generate.filters import draw, shape_scores
 from zhibei.generate.options import SamplingOptions
-from zhibei.generate.sampler import Answer, generate, stream
+from zhibei.generate.sampler import _STEPS_BETWEEN_LOOKS, Answer, generate, stream
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(max_new_tokens=24, temperature=0)
@@ -84,6 +84,17 @@ def test_answers_do_not_depend_on_how_many_rows_run_at_once(batch_rows):
     )
     assert [answer.tokens for answer in whole] == [answer.tokens for answer in parts]
     assert len({len(answer.tokens) for answer in whole}) > 1, "rows must end at different times for this test to bite"
+
+
+def test_looking_at_tokens_less_often_changes_nothing(monkeypatch):
+    """On a GPU rows run on for a few steps after their end, even beyond the context; none of that may show."""
+    model = tiny_model()
+    prompts = [*PROMPTS, [1] + [40 + index % 50 for index in range(249)]]
+    options = SamplingOptions(max_new_tokens=20, temperature=1.0, seed=1, overflow="fewer_tokens")
+    often = generate(model, prompts, options=options, stop_ids=[2, 9, 30], decode=decode)
+    monkeypatch.setitem(_STEPS_BETWEEN_LOOKS, "cpu", 8)
+    rarely = generate(model, prompts, options=options, stop_ids=[2, 9, 30], decode=decode)
+    assert [(a.tokens, a.finish, a.text) for a in often] == [(a.tokens, a.finish, a.text) for a in rarely]
 
 
 def test_equal_prompts_get_different_draws_and_equal_seeds_equal_ones():

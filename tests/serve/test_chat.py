@@ -123,6 +123,16 @@ def test_the_base_of_a_fully_trained_run_is_found_in_its_run_file(tmp_path, fold
     assert say(base).tokens == say(open_speaker(str(folder), template="alpaca")).tokens
 
 
+@pytest.mark.parametrize("kind", ["path", "adapter"])
+def test_the_base_is_taken_from_the_manifest_first(tmp_path, folder, kind):
+    run = run_folder(tmp_path, "alpaca", base="/not/this/one")
+    entry = {"path": str(folder), "adapter": str(adapter_folder(tmp_path, folder)) if kind == "adapter" else None}
+    (run / "manifest.json").write_text(json.dumps({"template": "alpaca", "base": entry}))
+    base = open_base(open_speaker(str(run)))
+    assert base.name == entry[kind]
+    assert base.has_adapters == (kind == "adapter")
+
+
 def test_the_base_of_a_plain_folder_is_not_known(folder):
     with pytest.raises(UserError, match="not known which base"):
         open_base(open_speaker(str(folder), template="alpaca"))

@@ -115,20 +115,20 @@ class Screen:
         figures = ["" for _ in streams]
         replies: list[Reply] = []
 
-        def table() -> Table:
+        def table(most_lines: int | None = None) -> Table:
             shown = Table(expand=True, show_edge=False, pad_edge=False)
             for number, (name, _) in enumerate(streams):
                 shown.add_column(Text(name), ratio=1, header_style=f"bold {COLOURS[number % len(COLOURS)]}")
-            shown.add_row(*(Text(text) for text in texts))
+            shown.add_row(*(_tail(text, most_lines, num_columns=len(streams)) for text in texts))
             shown.add_row(*(Text(figure, style="dim") for figure in figures))
             return shown
 
-        with Live(table(), console=console.stdout, auto_refresh=False, vertical_overflow="visible") as live:
+        with Live(table(), console=console.stdout, auto_refresh=False) as live:
             for number, (name, start) in enumerate(streams):
 
                 def add(text: str, number: int = number) -> None:
                     texts[number] += text
-                    live.update(table(), refresh=True)
+                    live.update(table(console.stdout.height - 5), refresh=True)
 
                 reply = _collect(name, start, add)
                 figures[number] = reply.figures()
@@ -137,6 +137,14 @@ class Screen:
                 if reply.answer is None:
                     break
         return replies
+
+
+def _tail(text: str, most_lines: int | None, *, num_columns: int) -> Text:
+    """The end of a text, while it grows beyond the screen; all of it when `most_lines` is None."""
+    if most_lines is None:
+        return Text(text)
+    lines = Text(text).wrap(console.stdout, console.stdout.width // num_columns - 3)
+    return Text("\n").join(lines[-max(1, most_lines) :])
 
 
 def _collect(name: str, start: Callable[[], Iterator[Piece]], show: Callable[[str], None]) -> Reply:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.generate.decoding import Decoding, answering, context_tokens
+from zhibei.generate.decoding import Decoding, Drawn, answering, context_tokens
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.stops import Decode, TextTail
 
 # On a GPU, looking at tokens waits for the device; rows that have ended run on for a few steps instead.
-_STEPS_BETWEEN_LOOKS = 8
+_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,29 @@ def stream(
     with answering(model):
         decoding = Decoding(model, [row.prompt], options=options, rows=[0], pad_id=0)
         while not row.ended:
-            drawn = decoding.step()
-            text = row.take(int(drawn.tokens_B[0]), float(drawn.logps_B[0]), float(drawn.model_logps_B[0]), stops)
+            ((token,), (logp,), (model_logp,)) = _values(decoding.step()).tolist()
+            text = row.take(int(token), logp, model_logp, stops)
             if text and not row.ended:
                 yield Piece(text)
             elif row.ended:
                 yield Piece(text, row.answer())
 
 
+def _values(drawn: Drawn) -> torch.Tensor:
+    """Token ids and both log-probabilities as float64 [3, B], exact for each, so that one copy brings them all."""
+    return torch.stack([drawn.tokens_B.double(), drawn.logps_B.double(), drawn.model_logps_B.double()])
+
+
 def _answer_batch(model: Any, rows: list[_Row], options: SamplingOptions, stops: frozenset[int], pad_id: int) -> None:
     decoding = Decoding(
         model, [row.prompt for row in rows], options=options, rows=[row.number for row in rows], pad_id=pad_id
     )
-    looks_every = 1 if decoding.device.type == "cpu" else _STEPS_BETWEEN_LOOKS
+    looks_every = _STEPS_BETWEEN_LOOKS.get(decoding.device.type, 1)
     active = list(rows)
     unread: list[torch.Tensor] = []
     most_steps = max(row.budget for row in rows)
     for num_steps in range(1, most_steps + 1):
-        drawn = decoding.step()
-        unread.append(torch.stack([drawn.tokens_B.double(), drawn.logps_B.double(), drawn.model_logps_B.double()]))
+        unread.append(_values(decoding.step()))
         if len(unread) < looks_every and num_steps < most_steps:
             continue
         for tokens, logps, model_logps in torch.stack(unread).tolist():

@@ -13,6 +13,7 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
+from zhibei.generate.decoding import context_tokens
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.sampler import Answer, Piece, generate, stream
 from zhibei.model.language_model import LanguageModel
@@ -53,7 +54,7 @@ class Speaker:
     @property
     def context_tokens(self) -> int | None:
         """Most tokens of prompt and answer together; None when the model states no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_tokens(self.model.hf)
 
     @property
     def has_adapters(self) -> bool:
@@ -228,7 +229,11 @@ def _trained_template(found: Located, tokenizer: Tokenizer) -> Template | None:
 
 
 def _trained_from(found: Located) -> str:
+    """The base as the manifest names it (an adapter that training began with stands for its base and itself)."""
     assert found.run is not None
+    base = read_json(found.run.manifest).get("base") if found.run.manifest.is_file() else None
+    if isinstance(base, dict) and base.get("path"):
+        return base.get("adapter") or base["path"]
     return read_run(str(found.run.resolved)).run.model.path
 
 
