@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from zhibei.evaluate.stats import compare_paired, mcnemar_exact, mean_interval, wilson
+from zhibei.evaluate.stats import compare_paired, mcnemar_exact, ratio_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,20 @@ def test_answers_that_cannot_be_paired_are_refused():
         compare_paired([], [])
 
 
-def test_mean_interval_against_numpy():
-    values = np.random.default_rng(1).normal(3.0, 2.0, size=50)
-    mean, low, high = mean_interval(values.tolist())
-    half = 1.959963984540054 * values.std(ddof=1) / np.sqrt(50)
-    assert np.allclose([mean, low, high], [values.mean(), values.mean() - half, values.mean() + half])
-    assert mean_interval([2.5]) == (2.5, 2.5, 2.5)
+def test_ratio_interval_against_numpy():
+    random = np.random.default_rng(1)
+    counts = random.integers(1, 40, size=60)
+    sums = counts * random.normal(2.0, 0.5, size=60)
+    ratio, low, high = ratio_interval(sums.tolist(), counts.tolist())
+    assert math.isclose(ratio, sums.sum() / counts.sum())
+    rows = random.integers(0, 60, size=(4000, 60))
+    wanted = np.quantile(sums[rows].sum(axis=1) / counts[rows].sum(axis=1), [0.025, 0.975])
+    assert np.allclose([low, high], wanted, atol=0.02)
+
+
+def test_equal_rows_leave_no_doubt_and_empty_ones_no_ratio():
+    assert ratio_interval([3.0, 6.0], [1, 2]) == (3.0, 3.0, 3.0)
+    with pytest.raises(ValueError, match="give no ratio"):
+        ratio_interval([0.0], [0])
+    with pytest.raises(ValueError, match="give no ratio"):
+        ratio_interval([1.0], [1, 2])

@@ -92,20 +92,26 @@ def compare_paired(
     return Paired(gained, lost, (gained - lost) / total, low, high, mcnemar_exact(gained, lost))
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of independent values with its normal interval, mean -/+ z s / sqrt(n); low and high are the mean for n = 1.
+def ratio_interval(
+    sums: Sequence[float], counts: Sequence[int], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """sum(sums) / sum(counts), such as a loss per token over rows of unequal length, with low and high.
 
-    Raises ValueError for no values.
+    Rows, not tokens, are what is independent; so rows are drawn with replacement and percentiles are taken (Efron
+    1979, Ann. Statist. 7:1-26). Raises ValueError when there is nothing to divide by, or the two differ in length.
     """
-    if not values:
-        raise ValueError("no values, no mean")
-    num_values = len(values)
-    mean = math.fsum(values) / num_values
-    if num_values == 1:
-        return mean, mean, mean
-    variance = math.fsum((value - mean) ** 2 for value in values) / (num_values - 1)
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance / num_values)
-    return mean, mean - half, mean + half
+    if len(sums) != len(counts) or sum(counts) <= 0:
+        raise ValueError(f"{len(sums)} sums and {len(counts)} counts give no ratio")
+    rows, random = range(len(sums)), Random(seed)
+    drawn = []
+    for _ in range(num_resamples):
+        chosen = random.choices(rows, k=len(sums))
+        num_drawn = sum(counts[row] for row in chosen)
+        if num_drawn:
+            drawn.append(sum(sums[row] for row in chosen) / num_drawn)
+    drawn.sort()
+    cut = (1 - confidence) / 2
+    return sum(sums) / sum(counts), _quantile(drawn, cut), _quantile(drawn, 1 - cut)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

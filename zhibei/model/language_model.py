@@ -19,11 +19,17 @@ from zhibei.model import attention
 class BatchLike(Protocol):
     """What the body needs of a batch (data.batches.Batch has it)."""
 
-    tokens_BT: torch.Tensor
-    positions_BT: torch.Tensor
-    mask_BT: torch.Tensor | None
-    borders: torch.Tensor | None
-    row_lengths: tuple[int, ...]
+    # Properties, because a batch is frozen: plain attributes of a Protocol ask for ones that can be set.
+    @property
+    def tokens_BT(self) -> torch.Tensor: ...
+    @property
+    def positions_BT(self) -> torch.Tensor: ...
+    @property
+    def mask_BT(self) -> torch.Tensor | None: ...
+    @property
+    def borders(self) -> torch.Tensor | None: ...
+    @property
+    def row_lengths(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)

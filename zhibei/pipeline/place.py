@@ -24,6 +24,7 @@ class Order:
     data: str = ""
     template: str = "auto"
     steps: int = 100
+    learning_rate: float | None = None
     size: str = "standard"
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zhibei.evaluate.exact_match import ExactMatch, Question, score
-from zhibei.evaluate.stats import Paired, compare_paired
+from zhibei.evaluate.stats import compare_paired
+from zhibei.pipeline.outcome import Outcome
 from zhibei.pipeline.place import Order, Place, take_place
-from zhibei.pipeline.stage import Settings, Watch, train_stage, write_run_file
+from zhibei.pipeline.stage import Settings, Watch, stage_record, train_stage, write_run_file
 from zhibei.pipeline.summary import Stage, summary_of, write_summary
 from zhibei.pipeline.world.files import WorldFiles, WorldSize, asked, read_questions, write_json_lines, write_world
 from zhibei.store.pipeline_dir import write_pipeline
@@ -35,18 +36,6 @@ class Scale:
     sft_rate: float
     lora_rate: float
     heldout_texts: int = 200
-
-
-@dataclass
-class Outcome:
-    """What a quickstart found; `paired` compares base and tuned on the same questions."""
-
-    folder: Path
-    stages: list[Stage] = field(default_factory=list)
-    by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
-    examples: list[dict[str, str]] = field(default_factory=list)
-    paired: Paired | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 SCALES: dict[str, Scale] = {
@@ -97,24 +86,24 @@ def run_world(place: Place, order: Order, *, watch: Watch, started: float) -> Ou
     folder, scale = place.folder.resolve(), SCALES[order.size]
     outcome = Outcome(place.folder)
 
-    watch(_stage("world", f"texts, conversations and held-out questions, seed {order.seed}"))
+    watch(stage_record("world", f"texts, conversations and held-out questions, seed {order.seed}"))
     files = WorldFiles(folder / "world")
     if not files.folder.is_dir():
         files = write_world(files.folder, scale.world, seed=order.seed)
     questions = read_questions(files.heldout)
 
-    watch(_stage("pretrain", "a small LLaMA reads the texts and learns how this world works"))
+    watch(stage_record("pretrain", "a small LLaMA reads the texts and learns how this world works"))
     pretrain = train_stage(_pretrain_file(folder, files, order, scale), watch=watch)
 
-    watch(_stage("base", f"{len(questions)} held-out questions to the base model"))
+    watch(stage_record("base", f"{len(questions)} held-out questions to the base model"))
     base = _ask(pretrain, questions)
     base_ended = time.monotonic()
     outcome.stages.append(_measured("base", base[0], base_ended - started))
 
-    watch(_stage("sft", "it learns to answer instructions"))
+    watch(stage_record("sft", "it learns to answer instructions"))
     sft = train_stage(_sft_file(folder, files, order, scale, base=pretrain), watch=watch)
 
-    watch(_stage("tuned", f"the same {len(questions)} questions to the tuned model"))
+    watch(stage_record("tuned", f"the same {len(questions)} questions to the tuned model"))
     tuned = _ask(sft, questions)
     outcome.stages.append(_measured("sft", tuned[0], time.monotonic() - base_ended))
 
@@ -195,10 +184,6 @@ def _ask(run: RunDir, questions: Sequence[Question]) -> tuple[ExactMatch, list[s
     prompts = [speaker.prompt([Message("user", asked(question))], options) for question in questions]
     answers = [(answer.text or "").strip() for answer in speaker.answer(prompts, options)]
     return score(questions, answers), answers
-
-
-def _stage(name: str, text: str) -> dict[str, Any]:
-    return {"kind": "stage", "name": name, "text": text}
 
 
 def _measured(name: str, found: ExactMatch, seconds: float) -> Stage:

@@ -18,6 +18,11 @@ Watch = Callable[[dict[str, Any]], None]
 Settings = dict[str, Any]
 
 
+def stage_record(name: str, text: str) -> dict[str, Any]:
+    """What `watch` is told when a stage begins."""
+    return {"kind": "stage", "name": name, "text": text}
+
+
 def write_run_file(path: Path, settings: Settings, *, about: str) -> Path:
     """A run file a person can read, change and run again with `zhibei train`."""
     lines = [f"# {about}"]

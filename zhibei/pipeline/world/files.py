@@ -72,6 +72,7 @@ def write_untrained_model(folder: Path, size: WorldSize, *, seed: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = build_tokenizer(context_tokens=size.context_tokens)
+    vocabulary = tokenizer.get_vocab()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden,
@@ -83,9 +84,9 @@ def write_untrained_model(folder: Path, size: WorldSize, *, seed: int) -> None:
         tie_word_embeddings=True,
         # 0.02 is made for widths in the thousands; at this width it delays learning to copy (docs/quickstart.md).
         initializer_range=0.7 / size.hidden**0.5,
-        bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-        eos_token_id=tokenizer.convert_tokens_to_ids(EOS),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        bos_token_id=vocabulary[BOS],
+        eos_token_id=vocabulary[EOS],
+        pad_token_id=vocabulary[PAD],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -7,11 +7,11 @@ not in another task, not in the text for pre-training.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from zhibei.evaluate.exact_match import Question
-from zhibei.pipeline.world.prose import SUBJECTS
+from zhibei.pipeline.world.prose import FIRST_SUBJECTS, SUBJECTS, Subject
 from zhibei.pipeline.world.tasks import KINDS, TASKS, Facts, Kind
 
 HELD_OUT_ONE_IN = 8
@@ -60,7 +60,7 @@ def heldout_questions(seed: int, per_task: int) -> list[Question]:
 
 
 def conversations(seed: int, count: int, *, most_turns: int = 3) -> Iterator[list[Question]]:
-    """Training conversations of one to `most_turns` questions, each with its answer; about one in forty is a greeting."""
+    """Training conversations of one to `most_turns` answered questions; about one in forty is a greeting."""
     random = Random(f"conversations {seed}")
     for _ in range(count):
         num_turns = random.randint(1, most_turns)
@@ -68,19 +68,20 @@ def conversations(seed: int, count: int, *, most_turns: int = 3) -> Iterator[lis
 
 
 def texts(seed: int, count: int) -> Iterator[str]:
-    """Running text to pre-train on: true statements about training facts, without an instruction."""
+    """Running text to pre-train on: true statements about training facts, without an instruction. The first sixth is
+    plain repetition, the rest is about everything."""
     random = Random(f"texts {seed}")
-    for _ in range(count):
-        yield _text(random)
+    for number in range(count):
+        yield _text(random, FIRST_SUBJECTS if number < count // 6 else SUBJECTS)
 
 
-def _text(random: Random) -> str:
-    write: Callable[[Random, Callable[[str], bool]], str | None] = random.choice(SUBJECTS)
+def _text(random: Random, subjects: Sequence[Subject]) -> str:
+    write = random.choice(subjects)
     for _ in range(MOST_TRIES):
         text = write(random, lambda content: not is_held_out(content))
         if text is not None:
             return text
-    raise RuntimeError("a subject draws held-out facts only")
+    raise RuntimeError(f"{write.__name__} draws held-out facts only")
 
 
 def _training_question(random: Random) -> Question:

@@ -1,7 +1,8 @@
 """What can be asked in the small world, in how many ways, and the right answer. Knows no files and no model.
 
-A kind draws facts, and `phrasings` turn them into an instruction (and an input). The field `content` identifies the facts: it alone decides whether they are
-held out, so the same list or sum is on one side in every task, every phrasing and every document.
+A kind draws facts, and `phrasings` turn them into an instruction (and an input). The field `content` identifies the
+facts: it alone decides whether they are held out, so the same list or sum is on one side in every task, every phrasing
+and every document.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ def _copied(random: Random) -> Facts:
 
 
 def _reversed(random: Random) -> Facts:
-    words = draw_words(random, most=5)
+    words = draw_words(random)
     return _list_facts(words, " ".join(reversed(words)))
 
 
 def _sorted_words(random: Random) -> Facts:
-    words = draw_words(random, most=5)
+    words = draw_words(random)
     return _list_facts(words, " ".join(sorted(words)))
 
 
 def _sorted_numbers(random: Random) -> Facts:
-    numbers = draw_numbers(random, most=5)
+    numbers = draw_numbers(random)
     return _list_facts(numbers, " ".join(sorted(numbers, key=int)))
 
 
 def _length(random: Random) -> Facts:
-    words = draw_words(random, fewest=1, most=8)
+    words = draw_words(random)
     return _list_facts(words, str(len(words)))
 
 

@@ -7,9 +7,9 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from zhibei.pipeline.world.items import SMALL_TALK
-from zhibei.pipeline.world.prose import SUBJECTS
+from zhibei.pipeline.world.prose import FIRST_SUBJECTS, SUBJECTS
 from zhibei.pipeline.world.tasks import KINDS
-from zhibei.pipeline.world.words import LETTERS, MIXED, NAMES, NUMBERS, PLURALS
+from zhibei.pipeline.world.words import MIXED, NAMES, NUMBERS, PLURALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def build_tokenizer(*, context_tokens: int) -> PreTrainedTokenizerFast:
 
 def _spoken() -> Iterator[str]:
     """Everything that is ever said: each word with and without a space before it, each phrasing, samples of prose."""
-    for word in (*MIXED, *LETTERS, *NAMES, *PLURALS, *NUMBERS):
+    for word in (*MIXED, *NAMES, *PLURALS, *NUMBERS):
         yield f"{word}\n {word}"
     random = Random("tokenizer")
     for kind in KINDS:
@@ -65,6 +65,6 @@ def _spoken() -> Iterator[str]:
             yield f" {instruction.format(**facts)}\n{given.format(**facts)}"
     for instruction, answer in SMALL_TALK:
         yield f" {instruction}\n {answer}"
-    for subject in SUBJECTS:
+    for subject in (*FIRST_SUBJECTS, *SUBJECTS):
         for _ in range(_SAMPLES_PER_KIND):
             yield subject(random, lambda content: True) or ""
