@@ -155,6 +155,7 @@ GOOD = json.dumps(ALPACA)
         (b"{'instruction': 'Add.', 'output': '5'}", "single quotes"),
         (b'{"instruction": "Add.", "output": NaN}', "NaN is not a JSON value"),
         (b'{"instruction": "Add.", "output": -Infinity}', "-Infinity is not a JSON value"),
+        (b'{"instruction": "Add.", "output": "5", "output": "6"}', "the key 'output' stands twice"),
         (b'{"instruction": "Add.", "output": "5"} {"a": 1}', "one record per line"),
         (b'{"instruction": "Add.", "output": "a\tb"}', r"inside of strings as \n and \t"),
         (b'{"instruction": "Add.", "output": "caf\xe9"}', "is not UTF-8"),
@@ -212,6 +213,13 @@ def test_a_list_that_ends_in_the_middle_keeps_its_sound_records(write: Write) ->
     assert [type(record) for record in records] == [Conversation] * 4 + [BrokenRecord]
     assert "ends in the middle" in records[-1].what  # type: ignore[union-attr]
     assert records[-1].origin.line == 22
+
+
+@pytest.mark.parametrize("bad", ['{"output": NaN}', '{"a": [Infinity], "a": 2}', '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("template", ["[{0}, {1}, {0}]", "[\n{0},\n{1},\n{0}\n]", '{{"data": [{0}, {1}, {0}]}}'])
+def test_values_that_are_not_json_cost_one_record_even_on_one_line(write: Write, bad: str, template: str) -> None:
+    records = list(read_file(write("rows.json", template.format(GOOD, bad))))
+    assert [type(record) for record in records] == [Conversation, BrokenRecord, Conversation]
 
 
 def test_a_broken_list_on_one_line_cannot_be_gone_on_with(write: Write) -> None:
@@ -435,6 +443,13 @@ def test_speakers_weights_tools_and_parts(write: Write) -> None:
     )
     assert record.tools == '[{"name": "add"}]'
     assert record.extra["turn_fields"][3] == {"tool_call_id": "x"}
+
+
+def test_the_older_spelling_of_a_call(write: Write) -> None:
+    turn = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    record = one_row(write, {"messages": [{"role": "user", "content": "a"}, turn]})
+    assert isinstance(record, Conversation)
+    assert record.messages[1].content == '{"name": "f", "arguments": {}}'
 
 
 def test_a_question_at_the_end_is_cut_off_and_kept(write: Write) -> None:

@@ -103,10 +103,11 @@ def near_duplicates(texts: Sequence[str], *, min_similarity: float = MIN_SIMILAR
         key_R = band_RK.view([("", np.uint64)] * ROWS_PER_BAND).ravel()
         _, group_R = np.unique(key_R, return_inverse=True)
         order_R = np.argsort(group_R, kind="stable")
+        starts = np.flatnonzero(np.diff(group_R[order_R], prepend=-1))
+        sizes = np.diff(starts, append=len(order_R))
         # Every row of a bucket is compared with the bucket's first row only, so a bucket costs its size.
-        for members in np.split(order_R, np.flatnonzero(np.diff(group_R[order_R])) + 1):
-            if len(members) < 2:
-                continue
+        for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+            members = order_R[start : start + size]
             first = int(rows[members[0]])
             for later in (int(rows[member]) for member in members[1:]):
                 if later in best and best[later][0] <= first:

@@ -51,11 +51,29 @@ def excerpt(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+class _Unfit(ValueError):
+    """JSON that Python reads but that is not what was meant."""
+
+    def __init__(self, what: str, expected: str, fix: str) -> None:
+        super().__init__(what)
+        self.expected, self.fix = expected, fix
+
+
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON value")
+    raise _Unfit(f"{name} is not a JSON value", "a number, text or null", "write null or leave the field out")
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Unfit(f"the key {excerpt(twice)!r} stands twice in one object", "each key once", "remove one of the two")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_each_key_once)
+LENIENT = json.JSONDecoder()
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -120,7 +138,7 @@ def decode(line: bytes, *, offset: int) -> str:
     )
 
 
-def json_fault(error: ValueError, text: str) -> Fault:
+def json_fault(error: ValueError | RecursionError, text: str) -> Fault:
     """What is wrong with a piece of invalid JSON, and how to put it right."""
     if not isinstance(error, json.JSONDecodeError):
         return Fault("", str(error), expected="a JSON number, string or null", fix="write null or leave the field out")
@@ -195,55 +213,55 @@ class _Document:
         while True:
             origin = Origin(self.source, index, self.line_at(position))
             try:
-                value, end = DECODER.raw_decode(self.text, position)
+                found, end = self._decode(position, origin)
                 position_after = self.skip(end)
                 if self.text[position_after : position_after + 1] not in (",", "]"):
                     raise json.JSONDecodeError("Expecting ',' or ']' after the record", self.text, position_after)
-            except ValueError as error:
-                yield self._list_fault(error, position).at(origin)
+            except json.JSONDecodeError as error:
+                fault = json_fault(error, self.text)
+                what = f"{fault.what}, line {self.line_at(error.pos)}"
+                yield Fault("", what, expected=fault.expected, fix=fault.fix).at(origin)
                 position = self._next_start(error, position, indent, origin)
                 if position < 0:
                     return
             else:
-                yield self._checked(Row(index, origin.line, value), position, end, origin)
+                yield found
                 if self.text[position_after] == "]":
                     return
                 position = self.skip(position_after + 1)
             index += 1
 
-    def _checked(self, row: Row, start: int, end: int, origin: Origin) -> Row | BrokenRecord:
-        if self.is_clean:
-            return row
+    def _decode(self, start: int, origin: Origin) -> tuple[Row | BrokenRecord, int]:
+        """The record that begins at a character, and where it ends. Raises JSONDecodeError for invalid JSON."""
         try:
-            self.text[start:end].encode("utf-8")
-        except UnicodeEncodeError:
-            before = len(self.text[:start].encode("utf-8", errors="surrogateescape"))
+            value, end = DECODER.raw_decode(self.text, start)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:
+            return json_fault(error, "").at(origin), LENIENT.raw_decode(self.text, start)[1]
+        except RecursionError:
+            raise UserError(
+                "nested too deeply", expected="at most a few hundred levels", fix="flatten it", where=str(origin)
+            ) from None
+        if not self.is_clean:
+            piece = self.text[start:end].encode("utf-8", errors="surrogateescape")
             try:
-                decode(self.text[start:end].encode("utf-8", errors="surrogateescape"), offset=before)
+                decode(piece, offset=len(self.text[:start].encode("utf-8", errors="surrogateescape")))
             except Fault as fault:
-                return fault.at(origin)
-        return row
+                return fault.at(origin), end
+        return Row(origin.index, origin.line, value), end
 
-    def _list_fault(self, error: ValueError, start: int) -> Fault:
-        if isinstance(error, json.JSONDecodeError):
-            line = self.line_at(error.pos)
-            fault = json_fault(error, self.text)
-            return Fault("", f"{fault.what}, line {line}", expected=fault.expected, fix=fault.fix)
-        return json_fault(error, self.text[start : start + 200])
-
-    def _next_start(self, error: ValueError, start: int, indent: str, origin: Origin) -> int:
+    def _next_start(self, error: json.JSONDecodeError, start: int, indent: str, origin: Origin) -> int:
         """Where the next record begins after a broken one: a line that starts like the first record did.
 
         Raw line breaks cannot occur inside of JSON strings, so in a file with one record (or one brace) per line
         such a line is a record. Returns -1 at the end of the file.
         """
-        from_here = max(error.pos if isinstance(error, json.JSONDecodeError) else start, start + 1)
+        from_here = max(error.pos, start + 1)
         if not indent.strip():
             found = re.compile(r"\n" + re.escape(indent) + r"(?=[\[{])").search(self.text, from_here)
             if found:
                 return found.end()
-            if not isinstance(error, json.JSONDecodeError):
-                from_here = len(self.text)
         if not re.search(r"[\[{]", self.text[from_here:]):
             return -1
         raise UserError(
@@ -302,7 +320,7 @@ def read_object(document: _Document, path: Path, source: str) -> Rows:
     """A top-level object: the list it holds under one of its keys, or a single record."""
     try:
         members = _members(document)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         place = document.line_at(error.pos) if isinstance(error, json.JSONDecodeError) else 1
         raise json_fault(error, document.text).at(Origin(source, 0, place)).as_error() from None
     lists = {key: start for key, (start, value) in members.items() if _holds_records(value)}

@@ -128,10 +128,15 @@ def _call_text(call: Any, field: str) -> str:
     return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
+def calls_of(raw: dict[str, Any]) -> list[Any]:
+    """The tool calls of a turn; `function_call` is the older spelling for a single one."""
+    return raw.get("tool_calls") or ([raw["function_call"]] if raw.get("function_call") else [])
+
+
 def spoken_text(raw: dict[str, Any], field: str, *, may_be_empty: bool) -> str:
     """What the model reads of `content`, `reasoning_content` and `tool_calls`: the thought between <think> tags,
     the text, then one line of JSON per call."""
-    content, calls = raw.get("content"), raw.get("tool_calls") or []
+    content, calls = raw.get("content"), calls_of(raw)
     if isinstance(content, list):
         pieces = [(part.get("type") if isinstance(part, dict) else "text", _part_text(part, field)) for part in content]
         text = ""
@@ -160,7 +165,7 @@ def _learns(turn: dict[str, Any], keys: list[str], field: str) -> bool:
     return bool(value)
 
 
-RAW_KEYS = ("content", "tool_calls", "reasoning_content")
+RAW_KEYS = ("content", "tool_calls", "function_call", "reasoning_content")
 
 
 def _turn(turn: Any, field: str) -> tuple[Message, dict[str, Any]]:
@@ -196,7 +201,7 @@ def _turn(turn: Any, field: str) -> tuple[Message, dict[str, Any]]:
         fields["speaker"] = name
     raw = turn.get("raw") or {"content": content, **{name: turn[name] for name in RAW_KEYS[1:] if turn.get(name)}}
     may_be_empty = role in ("system", "tool")
-    if content is None and "raw" not in turn and not raw.get("tool_calls"):
+    if content is None and "raw" not in turn and not calls_of(raw):
         present = ", ".join(turn) or "nothing else"
         raise Fault(
             place, "missing", expected="the turn's text", fix=f"add it; the turn has {present}; or on_error: drop"
