@@ -15,6 +15,7 @@ from zhibei.text.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction: Say hello to the user. ### Response: Hello, dear user! USER: hi ASSISTANT: yes",
+    "smile:) smile:) smile:) smile:)",
     "A chat between a curious user and an artificial intelligence assistant. 你好，世界。 ça va très bien 😀",
 ] * 3
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]

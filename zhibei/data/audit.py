@@ -185,11 +185,9 @@ def format_audit(audit: dict[str, Any]) -> str:
     bos = audit["bos_per_row"]
     lines += [
         f"tokens      {audit['tokens']:,}, of which {audit['supervised_share']:.1%} are learned",
-        f"answers     {audit['answers']:,}; {audit['terminators_supervised_share']:.2%} keep and learn their terminator "
-        f"{audit['terminator']!r}",
-        f"BOS         {bos['min']} to {bos['max']} per row"
-        if bos["min"] != bos["max"]
-        else f"BOS         {bos['min']} per row",
+        f"answers     {audit['answers']:,}; {audit['terminators_supervised_share']:.2%} keep and learn "
+        f"their terminator {audit['terminator']!r}",
+        f"BOS         {bos['min']} to {bos['max']} per row",
     ]
     compared = sum(audit["prompts_compared"].values())
     if compared:
@@ -216,6 +214,6 @@ def _bars(histogram: Sequence[dict[str, int]]) -> list[str]:
     shown = histogram[filled[0] : filled[-1] + 1] if filled else []
     most = max((one["rows"] for one in shown), default=1)
     return [
-        f"            {one['from']:>6} - {one['below'] - 1:<6} {'█' * round(30 * one['rows'] / most):<30} {one['rows']:,}"
+        f"{one['from']:>18} - {one['below'] - 1:<6} {'█' * round(30 * one['rows'] / most):<30} {one['rows']:,}"
         for one in shown
     ]
