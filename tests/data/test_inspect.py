@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zhibei.data.dedup import near_duplicates, signatures, similarity, word_runs
-from zhibei.data.inspect import distribution, inspect_file
+from zhibei.data.inspect import Said, distribution, inspect_file
 from zhibei.data.languages import script_of
 
 VOCABULARY = [f"word{number}" for number in range(3000)]
@@ -120,3 +120,16 @@ def test_everything_in_one_file(tmp_path: Path) -> None:
     assert found["lengths"]["characters"]["answers"]["max"] == 6
     assert found["lengths"]["tokens"]["whole"]["max"] == 7
     assert found["turns"] == {"1": 5}
+
+
+def test_what_two_files_share_is_counted(tmp_path: Path) -> None:
+    asked = [f"What is the number after {number}?" for number in range(10)]
+    for name, chosen, answer in (("a", asked[:6], "It is."), ("b", asked[4:], "It is."), ("c", asked[:3], "Other.")):
+        rows = [json.dumps({"prompt": question, "completion": answer}) for question in chosen]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    earlier: list[Said] = []
+    found = [inspect_file(tmp_path / f"{name}.jsonl", earlier=earlier) for name in "abc"]
+    shared = [
+        [(Path(each["file"]).stem, each["records"], each["questions"]) for each in f["shared_with"]] for f in found
+    ]
+    assert shared == [[], [("a", 2, 2)], [("a", 0, 3)]]

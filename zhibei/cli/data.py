@@ -73,7 +73,7 @@ def inspect(
         Also write the distribution of lengths as a page (.html or .svg).
     """
     from zhibei.cli.data_view import plot_page, shown
-    from zhibei.data.inspect import inspect_file
+    from zhibei.data.inspect import Said, inspect_file
 
     if not files:
         raise UserError("nothing to look at", expected="files", fix="zhibei data inspect FILE")
@@ -83,8 +83,9 @@ def inspect(
         )
     count = _token_counter(tokenizer) if tokenizer else None
     names = _renaming(columns)
+    earlier: list[Said] = []
     found = [
-        inspect_file(path, format=format, columns=names, count_tokens=count, label=label)
+        inspect_file(path, format=format, columns=names, count_tokens=count, label=label, earlier=earlier)
         for path, label in _expanded(files)
     ]
     if json:

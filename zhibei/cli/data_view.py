@@ -69,6 +69,9 @@ def _parts(facts: dict[str, Any]) -> Iterator[RenderableType]:
     yield _heading("Languages", f"by {facts['languages']['by']}")
     yield Text(", ".join(f"{name} {count}" for name, count in facts["languages"]["counts"].items()))
     yield from _duplicates(facts["duplicates"], facts["records"])
+    for shared in facts["shared_with"]:
+        what = f"{shared['records']} records and {shared['questions']} questions are also in {shared['file']}"
+        yield Text(what, style="yellow").append("  (not for validation, then)", style="dim")
     yield from _suspicious(facts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from zhibei.data.dedup import MAX_ROWS, near_duplicates
 from zhibei.data.fields import type_name
 from zhibei.data.jsonlines import Row, excerpt
 from zhibei.data.languages import detector
-from zhibei.data.mix import content_hash
+from zhibei.data.mix import content_hash, text_hash
 from zhibei.data.readers import open_file, read_rows
 from zhibei.data.records import BrokenRecord, Conversation, Judged, PlainText, Preference, Prompt, Record
 from zhibei.text.messages import Message
@@ -28,6 +29,15 @@ PERCENTILES = (1, 25, 50, 75, 90, 95, 99)
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 
+@dataclass(frozen=True)
+class Said:
+    """Hashes of what a file says: of whole records, and of single questions."""
+
+    file: str
+    records: frozenset[str]
+    questions: frozenset[str]
+
+
 def inspect_file(
     path: Path,
     *,
@@ -35,8 +45,10 @@ def inspect_file(
     columns: dict[str, str] | None = None,
     count_tokens: CountTokens | None = None,
     label: str = "",
+    earlier: list[Said] | None = None,
 ) -> dict[str, Any]:
-    """Everything `zhibei data inspect` says about one file.
+    """Everything `zhibei data inspect` says about one file, and what it shares with the files in `earlier` (to which
+    it is added).
 
     Texts and hashes of all records are held in memory; near duplicates are looked for in the first 200,000.
     Raises UserError when the file as a whole cannot be read.
@@ -50,6 +62,10 @@ def inspect_file(
     hashes = [content_hash(record) for record in records]
     is_first = first_of_equals(hashes)
     fields, speakers = raw_facts(path)
+    said = Said(file.source, frozenset(hashes), frozenset(question_hashes(records)))
+    shared = [overlap(said, before) for before in earlier or []]
+    if earlier is not None:
+        earlier.append(said)
     return {
         "file": file.source,
         "container": file.container,
@@ -64,9 +80,25 @@ def inspect_file(
         "lengths": lengths(records, texts, count_tokens),
         "languages": languages(texts),
         "duplicates": duplicates(records, texts, hashes, is_first),
+        "shared_with": [each for each in shared if each["records"] or each["questions"]],
         "repeated_answers": repeated_answers(records),
         "suspicious": suspicious(records),
         "without_answer": sum(isinstance(record, Conversation) and "unanswered" in record.extra for record in records),
+    }
+
+
+def question_hashes(records: Sequence[Record]) -> list[str]:
+    """A hash for each question (with its input) that is longer than a greeting."""
+    pairs = (pair for record in records for pair in exchanges(record))
+    return [text_hash(f"{pair.question}\n{pair.context}") for pair in pairs if len(pair.question + pair.context) > 20]
+
+
+def overlap(said: Said, before: Said) -> dict[str, Any]:
+    """Distinct records and questions that two files share: what leaks when one of them is for validation."""
+    return {
+        "file": before.file,
+        "records": len(said.records & before.records),
+        "questions": len(said.questions & before.questions),
     }
 
 

@@ -71,7 +71,7 @@ def split_heldout(hashes: Sequence[str], validation: float | int) -> np.ndarray:
     read that file with `read_sources`.
     """
     positions_R = np.array([position(digest, "heldout") for digest in hashes], dtype=np.float64)
-    if isinstance(validation, float):
+    if isinstance(validation, float) or validation == 0:
         is_heldout_R = positions_R < validation
     else:
         ordered = np.sort(positions_R)
