@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.tiny import tiny_model_folder
+from zhibei.cli import console
 from zhibei.cli.app import run_command
 from zhibei.cli.chat_commands import COMMANDS, SETTABLE
-from zhibei.cli.chat_screen import visible
+from zhibei.cli.chat_screen import Screen, visible
+from zhibei.generate.sampler import Answer, Piece
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
@@ -198,6 +201,18 @@ def test_every_command_is_in_the_help_and_every_option_in_the_list(pipe):
 def test_control_characters_are_spelled_out_and_words_are_not():
     assert visible("a\x1b[2Jb\x07\x9b\tc\n") == "a\\x1b[2Jb\\x07\\x9b\tc\n"
     assert visible("naïve 你好 👩‍👩‍👧 \u00a0 \u200f") == "naïve 你好 👩‍👩‍👧 \u00a0 \u200f"
+
+
+def test_columns_show_every_character_of_a_long_word_in_the_end(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(
+        console, "stdout", Console(file=file, width=120, height=12, force_terminal=True, soft_wrap=True)
+    )
+    answer = Answer([1], [0.0], [-1.0], "stop", 1)
+    streams = [(name, lambda sign=sign: iter([Piece(sign * 1500), Piece("", answer)])) for name, sign in ("aQ", "bZ")]
+    Screen(is_terminal=True, as_json=False).show(streams)
+    whole = ANSI.sub("", file.getvalue()[file.getvalue().rindex("\u2501") :])
+    assert (whole.count("Q"), whole.count("Z")) == (1500, 1500)
 
 
 class Terminal:

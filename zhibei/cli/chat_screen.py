@@ -118,7 +118,8 @@ class Screen:
         def table(most_lines: int | None = None) -> Table:
             shown = Table(expand=True, show_edge=False, pad_edge=False)
             for number, (name, _) in enumerate(streams):
-                shown.add_column(Text(name), ratio=1, header_style=f"bold {COLOURS[number % len(COLOURS)]}")
+                style = f"bold {COLOURS[number % len(COLOURS)]}"
+                shown.add_column(Text(name, overflow="fold"), ratio=1, header_style=style, overflow="fold")
             shown.add_row(*(_tail(text, most_lines, num_columns=len(streams)) for text in texts))
             shown.add_row(*(Text(figure, style="dim") for figure in figures))
             return shown
