@@ -2,12 +2,13 @@
 
     python scripts/lock.py [python3.10 python3.11 ...]
 
-For each interpreter a fresh environment is resolved from pyproject.toml and frozen. Where two Pythons need different
-versions of a package (some no longer support 3.10), the line carries a marker. Takes minutes and a few GiB of disk.
+For each interpreter pip resolves pyproject.toml without installing anything. Where two Pythons need different versions
+of a package (some no longer support 3.10), the line carries a marker.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -24,31 +25,26 @@ HEADER = "# Made by scripts/lock.py from pyproject.toml; do not edit.\n"
 LEFT_TO_TORCH = re.compile(r"^(nvidia-|triton|cuda-)")
 
 
-def frozen(interpreter: str) -> tuple[str, dict[str, dict[str, str]]]:
-    """("3.11", {lock file: {package: exact version}}) of a fresh environment with the project's dependencies."""
+def resolved(interpreter: str) -> tuple[str, dict[str, dict[str, str]]]:
+    """("3.11", {lock file: {package: exact version}}): what pip would install into an empty environment."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([interpreter, "-m", "venv", folder], check=True)
         python = f"{folder}/bin/python"
-        pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        # The pip of an old Python does not write reports.
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip"], check=True)
         tag = "import sys; print('%d.%d' % sys.version_info[:2])"
         version = subprocess.run([python, "-c", tag], check=True, capture_output=True, text=True).stdout.strip()
-        listed: dict[str, dict[str, str]] = {}
-        for file, extras in GROUPS.items():
-            subprocess.run([*pip, "install", "--quiet", TORCH, "setuptools>=77", extras], check=True, cwd=REPOSITORY)
-            lines = subprocess.run([*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
-            listed[file] = packages_of(lines)
-    return version, listed
+        answers = {file: _packages(python, extras, Path(folder) / "report.json") for file, extras in GROUPS.items()}
+    return version, answers
 
 
-def packages_of(listed: str) -> dict[str, str]:
-    """`name==version` lines as a mapping; local builds (+cpu) count as their public version."""
-    pairs = (line.split("==") for line in listed.splitlines() if "==" in line)
-    skipped = {"pip", "zhibei"}
-    return {
-        name.lower().replace("_", "-"): version.split("+")[0]
-        for name, version in pairs
-        if name.lower() not in skipped and not LEFT_TO_TORCH.match(name)
-    }
+def _packages(python: str, extras: str, report: Path) -> dict[str, str]:
+    """Names and public versions (a local build such as +cpu counts as its public version)."""
+    resolve = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
+    subprocess.run([*resolve, TORCH, "setuptools>=77", extras], check=True, cwd=REPOSITORY)
+    found = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    names = {entry["name"].lower().replace("_", "-"): entry["version"].split("+")[0] for entry in found}
+    return {name: version for name, version in names.items() if name != "zhibei" and not LEFT_TO_TORCH.match(name)}
 
 
 def merged(answers: dict[str, dict[str, str]]) -> list[str]:
@@ -82,7 +78,7 @@ def _marker(holds: list[str], pythons: list[str]) -> str:
 
 def main(interpreters: Iterable[str]) -> None:
     """Resolve for every interpreter, merge, and write both files."""
-    answers = dict(frozen(interpreter) for interpreter in interpreters)
+    answers = dict(resolved(interpreter) for interpreter in interpreters)
     for file in GROUPS:
         lines = merged({version: listed[file] for version, listed in answers.items()})
         (REPOSITORY / file).write_text(HEADER + "\n".join(lines) + "\n")
