@@ -43,7 +43,7 @@ def same_words(answer: str, expected: str) -> bool:
 
 
 def same_number(answer: str, expected: str) -> bool:
-    found = re.fullmatch(r"\s*([+-]?\d+)\s*\.?\s*", answer, flags=re.ASCII)
+    found = re.fullmatch(r"\s*([+-]?(?:0|[1-9]\d*))\s*\.?\s*", answer, flags=re.ASCII)
     return found is not None and int(found[1]) == int(expected)
 
 

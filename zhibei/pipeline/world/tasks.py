@@ -1,8 +1,8 @@
 """What can be asked in the small world, in how many ways, and the right answer. Knows no files and no model.
 
-A kind draws facts, and `phrasings` turn them into an instruction (and an input). The field `content` identifies the
-facts: it alone decides whether they are held out, so the same list or sum is on one side in every task, every phrasing
-and every document.
+A kind draws facts, and `phrasings` turn them into an instruction (and an input). The field `content`
+(world/contents.py) alone decides whether they are held out, so the same list or sum is on one side in every task, every
+phrasing and every document.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+from zhibei.pipeline.world.contents import list_content, sum_content, table_content
 from zhibei.pipeline.world.words import (
     ANIMALS,
     COLOURS,
@@ -38,7 +39,7 @@ class Kind:
 
 def _list_facts(words: list[str], answer: str) -> Facts:
     listed = " ".join(words)
-    return {"content": f"list {listed}", "list": listed, "answer": answer}
+    return {"content": list_content(words), "list": listed, "answer": answer}
 
 
 def _copied(random: Random) -> Facts:
@@ -72,10 +73,8 @@ def _occurrences(random: Random) -> Facts:
 
 
 def _sum_facts(random: Random, left: int, right: int, answer: int, addends: tuple[int, int]) -> Facts:
-    # 5 + 7, 7 + 5, 12 - 5 and 12 - 7 are one fact: if one is held out, no other may be seen.
-    small, large = sorted(addends)
     return {
-        "content": f"sum {small} {large}",
+        "content": sum_content(*addends),
         "left": str(left),
         "right": str(right),
         "answer": str(answer),
@@ -100,7 +99,7 @@ def _looked_up(random: Random) -> Facts:
     asked = random.randrange(len(names))
     pairs = list(zip(names, values, strict=True))
     return {
-        "content": "table " + ", ".join(f"{name} {value}" for name, value in pairs) + f": {names[asked]}",
+        "content": table_content(pairs, names[asked]),
         "table": "\n".join(f"{name}: {value}" for name, value in pairs),
         "row": ", ".join(f"{name} has {value}" for name, value in pairs),
         "asked": names[asked],
