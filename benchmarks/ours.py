@@ -84,16 +84,12 @@ def run_file(settings: OurSettings, workload: Workload, num_steps: int) -> Any:
 def assemble(settings: OurSettings, workload: Workload, num_steps: int) -> tuple[Any, Any, Any]:
     """(run file, Stepper, Batches): what `zhibei train` puts together, on random weights and rows."""
     from zhibei.data.prepared import PreparedSet
-    from zhibei.losses.tokens import TokenLoss
     from zhibei.model import attention
     from zhibei.model.device import DTYPES, choose_device
     from zhibei.model.language_model import LanguageModel
     from zhibei.model.load import Need, choose_attention
     from zhibei.model.lora import add_adapters
-    from zhibei.model.savings import checkpoint_activations, compile_layers
-    from zhibei.train.materials import make_batches, token_loss
-    from zhibei.train.optimizer import MasterOptimizer
-    from zhibei.train.step import Stepper
+    from zhibei.train.materials import make_batches, make_stepper
 
     run = run_file(settings, workload, num_steps)
     device = choose_device(run.device)
@@ -105,10 +101,7 @@ def assemble(settings: OurSettings, workload: Workload, num_steps: int) -> tuple
         hf = add_adapters(hf, run.lora, seed=run.seed)
     model = LanguageModel(hf, attention_name=name, longest_row=workload.max_tokens)
     model.hf.train()
-    checkpoint_activations(model, run.model.activation_checkpointing)
-    loss = token_loss(TokenLoss(compiled=compile_layers(model, run.model.compile)))
-    optimizer = MasterOptimizer(model.trainable(), run.sft)
-    stepper = Stepper(model, optimizer, loss, max_grad_norm=run.sft.max_grad_norm)
+    stepper, _ = make_stepper(run, model)
     train = prepared(workload.rows(num_steps))
     rows = PreparedSet(train, heldout=prepared([]), audit={}, ledger=[], key="random", template="none")
     batches, _ = make_batches(run, rows, pad_token=0, device=device)

@@ -15,7 +15,7 @@ from zhibei.model import attention
 from zhibei.model.device import DTYPES, choose_device, choose_precision
 from zhibei.model.language_model import LanguageModel, check_head
 from zhibei.model.locate import Located, locate
-from zhibei.model.lora import add_adapters
+from zhibei.model.lora import add_adapters, read_adapter
 
 
 @dataclass(frozen=True)
@@ -236,15 +236,13 @@ def _loading_error(weights: str, error: Exception) -> UserError:
 
 
 def _with_adapter(hf: Any, folder: Path) -> Any:
-    import peft
-
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if not (folder / "adapter_model.safetensors").is_file():
             raise FileNotFoundError("adapter_model.safetensors is not there")
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type {config.get('peft_type')} instead of LORA")
-        return peft.PeftModel.from_pretrained(hf, str(folder), autocast_adapter_dtype=False)
+        return read_adapter(hf, folder)
     except Exception as error:
         raise UserError(
             f"the adapter {folder} cannot be put on this base ({type(error).__name__}: {error})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,15 @@ def add_adapters(hf: Any, section: LoraSection, *, seed: int) -> Any:
         use_dora=section.dora,
         modules_to_save=section.modules_to_save or None,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks transformers 5.23 for an attribute under its old name; nothing a user could do about it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         # autocast_adapter_dtype=False: adapters stay in the model's type; their fp32 master copy is the optimiser's.
         return peft.get_peft_model(hf, config, autocast_adapter_dtype=False)
 
 
 def _continue_from(hf: Any, folder: Path) -> Any:
-    import peft
-
     if not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder} holds no adapter_config.json",
@@ -58,7 +59,16 @@ def _continue_from(hf: Any, folder: Path) -> Any:
             fix="convert the adapter to safetensors where you trust it",
             where="lora.adapter",
         )
-    return peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=True, autocast_adapter_dtype=False)
+    return read_adapter(hf, folder, is_trainable=True)
+
+
+def read_adapter(hf: Any, folder: Path, *, is_trainable: bool = False) -> Any:
+    """The model wrapped with the adapter of a PEFT folder, as PEFT reads it."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False)
 
 
 def _check_names(names: list[str], modules: list[str], *, where: str) -> None:

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from zhibei.config.errors import UserError
 from zhibei.model.language_model import LanguageModel
 
+# Share of a layer's activations that compiled layers keep in selective mode. Norms, rotations and gates are about 30 %
+# of them and cost almost nothing to compute again; matrix products and attention stay (docs/measurements.md).
+SELECTIVE_BUDGET = 0.7
 
-def checkpoint_activations(model: LanguageModel, how: str) -> None:
-    """Recompute activations in the backward pass: of no layer, of every other one (selective), of every one (full)."""
+
+def checkpoint_activations(model: LanguageModel, how: str, *, compiled: bool = False) -> None:
+    """Recompute activations in the backward pass instead of keeping them.
+
+    none: keep all. selective: keep the results of matrix products and attention, recompute what is cheap (norms,
+    rotations, gates). full: keep only each layer's input, recompute the layer (about a third more work).
+    """
     if how == "none":
         return
-    model.inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if how == "selective" and compiled:
+        # The compiler's own partitioner decides what to keep; a checkpoint around compiled code could not look inside.
+        import torch._functorch.config
+
+        torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
-        for layer in model.layers()[1::2]:
-            layer.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
+    for layer in model.layers():
+        # What transformers' own switch sets; setting it here works for every version without its deprecation notices.
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        layer.gradient_checkpointing = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _keep_expensive(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = str(operation)
+    expensive = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "varlen_attn")
+    return CheckpointPolicy.MUST_SAVE if any(part in name for part in expensive) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: LanguageModel, wanted: bool | str) -> bool:

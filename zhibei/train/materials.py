@@ -25,7 +25,7 @@ from zhibei.store.run_dir import RunDir
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
-from zhibei.train.optimizer import MasterOptimizer
+from zhibei.train.optimizer import make_optimizer
 from zhibei.train.step import LossSum, Stepper
 from zhibei.train.token_loss import token_loss
 
@@ -89,19 +89,7 @@ def gather(
     )
     model = load_for_training(run.model, run.lora, need)
     check_vocabulary(model, tokenizer)
-    checkpoint_activations(model, run.model.activation_checkpointing)
-    head = TokenLoss(
-        softcap=model.head_shape.softcap,
-        logit_scale=model.head_shape.scale,
-        compiled=compile_layers(model, run.model.compile),
-    )
-    optimizer = MasterOptimizer(model.trainable(), run.sft)
-    stepper = Stepper(
-        model,
-        optimizer,
-        token_loss(replace(head, label_smoothing=run.sft.label_smoothing, z_loss=run.sft.z_loss)),
-        max_grad_norm=run.sft.max_grad_norm,
-    )
+    stepper, plain_loss_sum = make_stepper(run, model)
     return Materials(
         resolved=resolved,
         device=device,
@@ -113,9 +101,20 @@ def gather(
         heldout=heldout,
         model=model,
         stepper=stepper,
-        plain_loss_sum=token_loss(head),
+        plain_loss_sum=plain_loss_sum,
         notes=(*resolved.notes, *tokenizer.notes),
     )
+
+
+def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, LossSum]:
+    """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the loss without
+    label smoothing and z-loss, which is what held-out figures mean."""
+    compiled = compile_layers(model, run.model.compile)
+    checkpoint_activations(model, run.model.activation_checkpointing, compiled=compiled)
+    plain = TokenLoss(softcap=model.head_shape.softcap, logit_scale=model.head_shape.scale, compiled=compiled)
+    shaped = replace(plain, label_smoothing=run.sft.label_smoothing, z_loss=run.sft.z_loss)
+    optimizer = make_optimizer(model.trainable(), run.sft)
+    return Stepper(model, optimizer, token_loss(shaped), max_grad_norm=run.sft.max_grad_norm), token_loss(plain)
 
 
 def plan_without_model(

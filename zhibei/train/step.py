@@ -12,7 +12,7 @@ import torch
 from zhibei.config.errors import RunStopped, UserError
 from zhibei.data.batches import Batch
 from zhibei.model.language_model import LanguageModel
-from zhibei.train.optimizer import MasterOptimizer
+from zhibei.train.optimizer import Optimizer
 
 LossSum = Callable[[LanguageModel, Batch], torch.Tensor]
 FIRST_SCALE = 2.0**16
@@ -76,7 +76,7 @@ class Stepper:
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: MasterOptimizer,
+        optimizer: Optimizer,
         loss_sum: LossSum,
         *,
         max_grad_norm: float,
