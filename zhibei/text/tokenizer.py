@@ -168,6 +168,13 @@ def load_hugging_face_tokenizer(path: str, *, revision: str | None = None, trust
     try:
         loaded = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises anything from OSError to KeyError for a broken folder
+        if not Path(place).exists():
+            raise UserError(
+                f"no such folder here, and the hub does not give it: {_first_line(error)}",
+                expected="a folder with a tokenizer, or the id of a model that can be downloaded",
+                fix="check the name and the network; gated models need `hf auth login`",
+                where=path,
+            ) from error
         raise UserError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
             expected="tokenizer.json (or tokenizer.model) and tokenizer_config.json of one model, whole",
