@@ -245,6 +245,14 @@ def test_a_broken_list_on_one_line_cannot_be_gone_on_with(write: Write) -> None:
         ("file.docx", "x", "unknown file type"),
         ("object.json", '{"instruction": "a", "output": }', "invalid JSON"),
         ("bad.parquet", "PAR1", "not a readable Parquet file"),
+        (
+            "two_objects.json",
+            '{\n"instruction": "a",\n"output": "b"\n}\n{\n"instruction": "c",\n"output": "d"\n}',
+            "follows the end",
+        ),
+        ("two_lists.json", "[\n" + GOOD + "\n]\n[" + GOOD + "]", "follows the end"),
+        ("open_object.json", '{\n"instruction": "a",\n"output": "b"\n', "ends in the middle"),
+        ("pretty.jsonl", '{\n"instruction": "a",\n"output": "b"\n}', "a record over several lines"),
         ("all_bad.jsonl", "{\n{\n", "no other of the first 2 records can be read"),
     ],
 )

@@ -146,6 +146,9 @@ def json_fault(error: ValueError | RecursionError, text: str) -> Fault:
     said = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
     what = f"invalid JSON: {said} at column {error.colno} (near {near})"
     fix = "write the record with json.dumps"
+    if text.strip() in ("{", "["):
+        what, fix = "a record over several lines", "write each on one line, e.g. jq -c . in.jsonl > out.jsonl"
+        return Fault("", what, expected="one complete JSON value per line", fix=fix)
     if re.match(r"\s*[\[{]\s*'", text) or text[error.pos : error.pos + 1] == "'":
         what, fix = f"single quotes where JSON has double quotes (near {near})", "write it with json.dumps, not str()"
     elif "escape" in error.msg:
@@ -202,14 +205,25 @@ class _Document:
     def skip(self, position: int) -> int:
         return WHITESPACE.match(self.text, position).end()  # type: ignore[union-attr]
 
-    def elements(self, position: int) -> Iterator[Row | BrokenRecord]:
-        """The elements of the list whose `[` is at `position`."""
+    def check_end(self, position: int) -> None:
+        """Raises UserError when something follows the list or object, which would be left out in silence."""
+        position = self.skip(position)
+        if position < len(self.text):
+            raise UserError(
+                f"something follows the end of the JSON value: {excerpt(self.text[position : position + 60])}",
+                expected="one list, or one record per line",
+                fix=f"make one list of it, e.g. jq -s . {self.source} > new.json",
+                where=f"{self.source} (line {self.line_at(position)})",
+            )
+
+    def elements(self, position: int, *, is_all: bool = False) -> Iterator[Row | BrokenRecord]:
+        """The elements of the list whose `[` is at `position`; `is_all`: nothing may follow the list."""
         position = self.skip(position + 1)
         line_start = self.text.rfind("\n", 0, position)
         indent = self.text[line_start + 1 : position]
         index = 0
         if self.text[position : position + 1] == "]":
-            return
+            return None
         while True:
             origin = Origin(self.source, index, self.line_at(position))
             try:
@@ -223,11 +237,11 @@ class _Document:
                 yield Fault("", what, expected=fault.expected, fix=fault.fix).at(origin)
                 position = self._next_start(error, position, indent, origin)
                 if position < 0:
-                    return
+                    return None
             else:
                 yield found
                 if self.text[position_after] == "]":
-                    return
+                    return self.check_end(position_after + 1) if is_all else None
                 position = self.skip(position_after + 1)
             index += 1
 
@@ -289,8 +303,12 @@ def _members(document: _Document) -> dict[str, tuple[int, Any]]:
             return found
         found[key] = (start, value)
         position = document.skip(position)
-        if document.text[position : position + 1] == ",":
-            position = document.skip(position + 1)
+        if document.text[position : position + 1] != ",":
+            break
+        position = document.skip(position + 1)
+    if document.text[position : position + 1] != "}":
+        raise json.JSONDecodeError("Expecting ',' or '}'", document.text, position)
+    document.check_end(position + 1)
     return found
 
 
@@ -367,7 +385,7 @@ def read_json(path: Path, source: str) -> Rows:
         document = _Document(path, source)
         start = document.skip(0)
         if document.text[start] == "[":
-            return Rows("a JSON list", document.elements(start))
+            return Rows("a JSON list", document.elements(start, is_all=True))
         if document.text[start] == "{" and (is_complete or not is_lines_name):
             return read_object(document, path, source)
     return as_lines

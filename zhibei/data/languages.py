@@ -75,5 +75,5 @@ def detector() -> tuple[str, Callable[[str], str]]:
     """Name and function of the best detector there is."""
     if find_spec("py3langid"):
         classify = import_module("py3langid").classify
-        return "py3langid", lambda text: classify(text[:SAMPLE_CHARACTERS])[0] if text.strip() else "none"
+        return "py3langid", lambda text: "none" if script_of(text) == "none" else classify(text[:SAMPLE_CHARACTERS])[0]
     return "scripts (pip install py3langid tells languages apart)", script_of
