@@ -37,7 +37,7 @@ THIRD_PARTY: dict[str, tuple[set[str], set[str]]] = {
     "serve": ({"torch"}, set()),
     "report": (set(), set()),
     "pipeline": ({"numpy"}, {"torch", "transformers", "tokenizers"}),
-    "cli": ({"cyclopts", "rich"}, {"numpy"}),
+    "cli": ({"cyclopts", "rich"}, {"numpy", "pydantic"}),
     "": ({"cyclopts"}, set()),
 }
 

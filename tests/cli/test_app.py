@@ -103,7 +103,6 @@ def plant(monkeypatch: pytest.MonkeyPatch, error: BaseException | None, result: 
 
     monkeypatch.setitem(sys.modules, "zhibei_planted", SimpleNamespace(fail=fail))
     monkeypatch.setattr(app_module, "COMMANDS", {"fail": ("zhibei_planted:fail", "Fail.")})
-    monkeypatch.setattr(app_module, "find_spec", lambda name: True)
 
 
 def fault(kind: type[UserError] = UserError) -> UserError:

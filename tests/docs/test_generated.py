@@ -30,10 +30,10 @@ def test_generated_files_are_current(generate: ModuleType) -> None:
 
 
 def test_a_changed_document_is_found(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = generate.documents()
-    path = REPOSITORY / "docs" / "run-file.md"
-    monkeypatch.setattr(generate, "documents", lambda: {**documents, path: documents[path] + "more"})
-    assert generate.stale() == [path]
+    healthy, changed = REPOSITORY / "LICENSE", REPOSITORY / "CHANGELOG.md"
+    texts = {healthy: healthy.read_text(), changed: changed.read_text() + "more"}
+    monkeypatch.setattr(generate, "documents", lambda: texts)
+    assert generate.stale() == [changed]
 
 
 def test_run_file_page_has_every_field_and_recipes_page_every_recipe(generate: ModuleType) -> None:

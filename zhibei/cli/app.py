@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from io import TextIOWrapper
 
 from cyclopts import App, CycloptsError, Parameter
@@ -58,8 +57,7 @@ def make_app(verb: str = "") -> App:
         default_parameter=Parameter(negative=(), show_default=_shown_default),
     )
     for order, (name, (target, purpose)) in enumerate(COMMANDS.items()):
-        if find_spec(target.partition(":")[0]):
-            app.command(target, name=name, help=None if name == verb else purpose, sort_key=order)
+        app.command(target, name=name, help=None if name == verb else purpose, sort_key=order)
     return app
 
 
