@@ -13,11 +13,11 @@ from zhibei.pipeline.world.contents import list_content, sum_content, table_cont
 from zhibei.pipeline.world.words import (
     ANIMALS,
     COLOURS,
-    LARGEST_ADDEND,
-    MOST_LISTED,
+    MOST_COUNTED,
     NAMES,
     NUMBERS,
     PLURALS,
+    draw_addends,
     draw_numbers,
     draw_repeats,
     draw_words,
@@ -40,35 +40,47 @@ def about_repetition(random: Random, seen: Seen) -> str | None:
 
 
 def about_words(random: Random, seen: Seen) -> str | None:
-    """A list of words: copied, turned around, sorted, counted."""
-    words = draw_words(random)
-    listed = " ".join(words)
-    if not seen(list_content(words)):
-        return None
-    name = random.choice(NAMES)
-    ordered, backwards = " ".join(sorted(words)), " ".join(reversed(words))
-    sayings = [
-        random.choice((f"Once more: {listed}", f"{name} repeats {listed}", listed)),
-        random.choice((f"Backwards: {backwards}", f"In reverse it is {backwards}", f"{name} turns it to {backwards}")),
-        random.choice((f"In order: {ordered}", f"From A to Z: {ordered}", f"{name} sorts it to {ordered}")),
-        random.choice((f"That makes {len(words)} words", f"{name} counts {len(words)}")),
-    ]
-    return _document(random, listed, sayings)
+    """Lists of words, each copied, turned around or sorted, and counted."""
+    parts = []
+    for _ in range(3):
+        words = draw_words(random)
+        if not seen(list_content(words)):
+            return None
+        listed, name = " ".join(words), random.choice(NAMES)
+        # One order for each list: with several, what follows a word is ambiguous, and copying is learned late.
+        saying = random.choice((_copied, _reversed, _sorted))(random, words)
+        count = random.choice((f"That makes {len(words)} words", f"{name} counts {len(words)}", ""))
+        parts.append(_document(random, listed, [saying, count] if count else [saying]))
+    return " ".join(parts)
 
 
 def about_numbers(random: Random, seen: Seen) -> str | None:
-    """A list of numbers: copied, turned around, sorted."""
-    numbers = draw_numbers(random)
-    listed = " ".join(numbers)
-    if not seen(list_content(numbers)):
-        return None
-    ordered = " ".join(sorted(numbers, key=int))
-    sayings = [
-        random.choice((f"Once more: {listed}", listed)),
-        random.choice((f"In order: {ordered}", f"From small to large: {ordered}")),
-        f"Backwards: {' '.join(reversed(numbers))}",
-    ]
-    return _document(random, listed, sayings)
+    """Lists of numbers, each copied, turned around or sorted."""
+    parts = []
+    for _ in range(3):
+        numbers = draw_numbers(random)
+        if not seen(list_content(numbers)):
+            return None
+        saying = random.choice((_copied, _reversed, _sorted, _sorted))(random, numbers)
+        parts.append(_document(random, " ".join(numbers), [saying]))
+    return " ".join(parts)
+
+
+def _copied(random: Random, words: list[str]) -> str:
+    listed = " ".join(words)
+    return random.choice((f"Once more: {listed}", f"{random.choice(NAMES)} repeats {listed}"))
+
+
+def _reversed(random: Random, words: list[str]) -> str:
+    backwards = " ".join(reversed(words))
+    return random.choice((f"Backwards: {backwards}", f"In reverse it is {backwards}"))
+
+
+def _sorted(random: Random, words: list[str]) -> str:
+    is_numeric = words[0].isdigit()
+    ordered = " ".join(sorted(words, key=int) if is_numeric else sorted(words))
+    from_to = "From small to large" if is_numeric else "From A to Z"
+    return f"{random.choice(('In order', from_to))}: {ordered}"
 
 
 def about_repeats(random: Random, seen: Seen) -> str | None:
@@ -88,7 +100,7 @@ def about_sums(random: Random, seen: Seen) -> str | None:
     """Sums and differences, each of them complete."""
     lines: list[str] = []
     while len(lines) < 5:
-        left, right = random.randint(0, LARGEST_ADDEND), random.randint(0, LARGEST_ADDEND)
+        left, right = draw_addends(random)
         if not seen(sum_content(left, right)):
             continue
         total, things = left + right, random.choice(PLURALS)
@@ -105,13 +117,13 @@ def about_sums(random: Random, seen: Seen) -> str | None:
 
 
 def about_counting(random: Random, seen: Seen) -> str | None:
-    """Numbers in equal steps, up or down."""
-    step = random.choice((1, 1, 1, -1, -1, 2, -2, 5, 10))
+    """Numbers one by one, up or down. Steps of two or more would show sums."""
+    step = random.choice((1, -1))
     numbers = [random.randrange(len(NUMBERS))]
     while len(numbers) < 16 and 0 <= numbers[-1] + step < len(NUMBERS):
         numbers.append(numbers[-1] + step)
     # Shorter ones could be a held-out list.
-    return "We count: " + " ".join(map(str, numbers)) + "." if len(numbers) > MOST_LISTED else None
+    return "We count: " + " ".join(map(str, numbers)) + "." if len(numbers) > MOST_COUNTED else None
 
 
 def about_tables(random: Random, seen: Seen) -> str | None:

@@ -15,10 +15,11 @@ from zhibei.pipeline.world.contents import list_content, sum_content, table_cont
 from zhibei.pipeline.world.words import (
     ANIMALS,
     COLOURS,
-    LARGEST_ADDEND,
+    MOST_COUNTED,
     NAMES,
     NUMBERS,
     PLURALS,
+    draw_addends,
     draw_numbers,
     draw_repeats,
     draw_words,
@@ -63,7 +64,7 @@ def _sorted_numbers(random: Random) -> Facts:
 
 
 def _length(random: Random) -> Facts:
-    words = draw_words(random)
+    words = draw_words(random, most=MOST_COUNTED)
     return _list_facts(words, str(len(words)))
 
 
@@ -84,12 +85,12 @@ def _sum_facts(random: Random, left: int, right: int, answer: int, addends: tupl
 
 
 def _plus(random: Random) -> Facts:
-    left, right = random.randint(0, LARGEST_ADDEND), random.randint(0, LARGEST_ADDEND)
+    left, right = draw_addends(random)
     return _sum_facts(random, left, right, left + right, (left, right))
 
 
 def _minus(random: Random) -> Facts:
-    right, rest = random.randint(0, LARGEST_ADDEND), random.randint(0, LARGEST_ADDEND)
+    right, rest = draw_addends(random)
     return _sum_facts(random, right + rest, right, rest, (right, rest))
 
 
