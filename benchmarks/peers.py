@@ -20,6 +20,8 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_DISABLED": "true",
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -139,7 +141,7 @@ def _train(
     steps, warmup = num_steps
     # Packing draws rows in its own order and needs spare ones to fill the last rows.
     rows = workload.rows((steps + warmup) * (2 if settings.packing else 1))
-    per_step = workload.global_batch // settings.batch
+    per_step = max(1, workload.global_batch // settings.batch)
     if settings.packing:
         # As many tokens per step as the unpacked rows have: 2,048-token rows instead of rows.
         mean = sum(len(row) for row in rows) / len(rows)
