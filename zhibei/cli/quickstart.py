@@ -192,13 +192,19 @@ class Story:
 
 
 def _example(example: dict[str, str]) -> Text:
-    text = Text(example["question"].replace("\n", " / "), style="bold")
+    text = Text(_end_of(example["question"]), style="bold")
     text.append("\n   base:  ", style="dim").append(_short(example["base"]), style="red")
     is_right = example["expected"] and example["tuned"] == example["expected"]
     text.append("\n   tuned: ", style="dim").append(_short(example["tuned"]), style="green" if is_right else "yellow")
     if example["expected"] and not is_right:
         text.append(f"   (right: {example['expected']})", style="dim")
     return text
+
+
+def _end_of(question: str) -> str:
+    """A rendered prompt begins with what is the same in all of them; its end is what was asked."""
+    line = " / ".join(part for part in question.split("\n") if part)
+    return line if len(line) <= 110 else "..." + line[-107:]
 
 
 def _short(answer: str) -> str:

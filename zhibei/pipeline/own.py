@@ -57,12 +57,12 @@ def run_own(place: Place, order: Order, *, watch: Watch, started: float) -> Outc
     run_file = write_run_file(folder / "sft.yaml", settings, about="Your model on your data.")
 
     watch(stage_record("base", "the model as it is, on rows it will not be trained on"))
-    base_started = time.monotonic()
     base = _measured("base", run.model.path, rows.heldout, tokenizer.pad_id, began=started)
+    base_ended = time.monotonic()
     watch(stage_record("sft", f"learns from {len(rows.train):,} rows"))
     sft = train_stage(run_file, watch=watch)
     watch(stage_record("tuned", "the tuned model, on the same rows"))
-    tuned = _measured("sft", str(sft.path), rows.heldout, tokenizer.pad_id, began=base_started + base.seconds)
+    tuned = _measured("sft", str(sft.path), rows.heldout, tokenizer.pad_id, began=base_ended)
 
     outcome = Outcome(place.folder, stages=[base, tuned], examples=_examples(sft))
     write_pipeline(folder, stages=["sft"], final="sft")
@@ -82,6 +82,8 @@ def _settings(folder: Path, order: Order) -> Settings:
             "template": order.template,
             "max_tokens": min(MOST_TOKENS, _context_tokens(order.model)),
             "validation": 0.1,
+            # A first try should not fail on one bad record; the ledger of the run lists what was left out.
+            "on_error": "drop",
         },
         "sft": {"evaluate_rows": MOST_HELDOUT_ROWS, "keep_checkpoints": 1, "warmup_ratio": 0.1},
     }
