@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_each_row_has_the_loss_it_has_alone(tmp_path: Path):
     supervised[borders[1] : borders[2]] = False  # a row without anything to learn
     rows = PreparedRows(tokens, supervised, borders, [f"row {number}" for number in range(4)])
     sums, counts = row_losses(model, rows, pad_token=3, most_rows=100)
-    for number, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for number, (start, end) in enumerate(itertools.pairwise(borders)):
         row = torch.from_numpy(tokens[start:end].astype(np.int64))[None]
         with torch.no_grad():
             logps = model.hf(row).logits[0].log_softmax(-1)

@@ -41,9 +41,9 @@ class Scale:
 SCALES: dict[str, Scale] = {
     "standard": Scale(
         WorldSize(
-            num_texts=24_000,
-            num_conversations=16_000,
-            most_turns=3,
+            num_texts=19_200,
+            num_conversations=32_000,
+            most_turns=2,
             heldout_per_task=100,
             hidden=128,
             layers=2,
@@ -52,7 +52,7 @@ SCALES: dict[str, Scale] = {
         pretrain_batch=16,
         pretrain_rate=3e-3,
         sft_batch=16,
-        sft_rate=2e-3,
+        sft_rate=2.5e-3,
         lora_rate=5e-3,
     ),
     "tiny": Scale(
