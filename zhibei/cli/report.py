@@ -79,10 +79,11 @@ def report(*runs: str, out: str = "", open: bool = False, json: bool = False) ->
 
 
 def run_directory(run: str) -> Any:
-    """The RunDir of a folder that a run wrote. UserError when it is none."""
+    """The RunDir of a folder that a run wrote, or the last one of a folder of several stages. UserError when it is none."""
+    from zhibei.store.pipeline_dir import final_run
     from zhibei.store.run_dir import RunDir
 
-    path = Path(run)
+    path = final_run(Path(run))
     run_dir = RunDir(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
