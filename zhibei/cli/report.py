@@ -79,7 +79,7 @@ def report(*runs: str, out: str = "", open: bool = False, json: bool = False) ->
 
 
 def run_directory(run: str) -> Any:
-    """The RunDir of a folder that a run wrote, or the last one of a folder of several stages. UserError when it is none."""
+    """The RunDir of a folder that a run wrote; of a folder of several stages, its last one. UserError otherwise."""
     from zhibei.store.pipeline_dir import final_run
     from zhibei.store.run_dir import RunDir
 

@@ -16,7 +16,6 @@ from zhibei.store.manifest import read_manifest
 from zhibei.store.metrics import read_metrics
 from zhibei.store.model_folder import inspect_adapter_folder, inspect_model_folder
 from zhibei.store.pipeline_dir import PIPELINE_FILE
-from zhibei.store.pipeline_dir import final_run
 from zhibei.store.run_dir import RunDir
 from zhibei.store.weights import FileFindings, inspect_json, inspect_weights
 
@@ -62,8 +61,7 @@ def verify_folder(path: Path) -> list[Problem]:
 
 
 def inspect_folder(path: Path) -> Verdict:
-    """Look at every file of a checkpoint, a run, a model or an adapter folder; of a folder of several stages, at the
-    run of its last one."""
+    """Look at every file of a checkpoint, a run, a model or an adapter folder."""
     if not path.is_dir():
         raise UserError(
             "there is no such folder" if not path.exists() else "this is a file",
@@ -71,7 +69,6 @@ def inspect_folder(path: Path) -> Verdict:
             fix=f"try {path.parent}" if path.is_file() else "check the path",
             where=str(path),
         )
-    path = final_run(path)
     for kind, (is_kind, inspect) in KINDS.items():
         if is_kind(path):
             return Verdict(path, kind, inspect(path))
