@@ -7,12 +7,14 @@ micro-batches and divides by the learned tokens of the step (`num_items_in_batch
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.workload import word_tokenizer
 
 IGNORED = -100
 Row = tuple[np.ndarray, np.ndarray]
@@ -86,9 +88,46 @@ class _Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-def train(model: Any, rows: Sequence[Row], settings: ReferenceSettings, heldout: Sequence[Row] = ()) -> Curve:
-    """Train `model` in place over `rows` in their order; returns what the Trainer saw at each step."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+def transformers_trainer(model: Any, rows: Sequence[Row], options: dict[str, Any], callback: Any) -> Any:
+    """The Trainer of transformers on rows as they are."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(**options, remove_unused_columns=False)
+    return Trainer(model=model, args=arguments, train_dataset=_Rows(rows), data_collator=collate, callbacks=[callback])
+
+
+def trl_trainer(model: Any, rows: Sequence[Row], options: dict[str, Any], callback: Any) -> Any:
+    """TRL's SFTTrainer on the same token ids and labels, through its own preparation and collator."""
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+
+    columns = {
+        "input_ids": [tokens.tolist() for tokens, _ in rows],
+        "labels": [np.where(learned, tokens, IGNORED).tolist() for tokens, learned in rows],
+    }
+    arguments = SFTConfig(**options, bf16=False, gradient_checkpointing=False, max_length=None, dataset_num_proc=None)
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=word_tokenizer(model.config.vocab_size),
+        callbacks=[callback],
+    )
+
+
+def train(
+    model: Any,
+    rows: Sequence[Row],
+    settings: ReferenceSettings,
+    *,
+    heldout: Sequence[Row] = (),
+    make: Callable[..., Any] | None = None,
+) -> Curve:
+    """Train `model` in place over `rows` in their order; returns what the trainer saw at each step.
+
+    `make` builds the trainer: `transformers_trainer` unless told otherwise, or `trl_trainer`.
+    """
+    from transformers import TrainerCallback
 
     curve = Curve()
     micro_losses: list[torch.Tensor] = []
@@ -110,30 +149,27 @@ def train(model: Any, rows: Sequence[Row], settings: ReferenceSettings, heldout:
                 curve.learning_rates.append(float(logs["learning_rate"]))
 
     with tempfile.TemporaryDirectory(prefix="reference-trainer-") as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=settings.num_steps,
-            per_device_train_batch_size=settings.batch,
-            gradient_accumulation_steps=settings.accumulate,
-            train_sampling_strategy="sequential",
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            adam_beta2=settings.beta2,
-            optim="adamw_torch",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=_Rows(rows), data_collator=collate, callbacks=[Watch()]
-        )
+        options = {
+            "output_dir": folder,
+            "max_steps": settings.num_steps,
+            "per_device_train_batch_size": settings.batch,
+            "gradient_accumulation_steps": settings.accumulate,
+            "train_sampling_strategy": "sequential",
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": settings.schedule,
+            "warmup_steps": settings.warmup_steps,
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm,
+            "adam_beta2": settings.beta2,
+            "optim": "adamw_torch",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        trainer = (transformers_trainer if make is None else make)(model, rows, options, Watch())
         _keep_losses(trainer, micro_losses)
         trainer.train()
     return curve

@@ -6,6 +6,7 @@ Both see the same rows in the same order, the same starting weights and (LoRA) t
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,11 @@ def run_ours(resolved: ResolvedRun) -> tuple[Curve, PreparedSet, RunFile]:
     return curve, seen[0], resolved.run
 
 
-def run_theirs(run: RunFile, prepared: PreparedSet, *, batch: int) -> Curve:
-    """Train the same rows in the same order with the transformers Trainer, `batch` rows per micro-batch, padded."""
+def run_theirs(run: RunFile, prepared: PreparedSet, *, batch: int, make: Callable[..., Any] | None = None) -> Curve:
+    """Train the same rows in the same order with the transformers Trainer, padded, `batch` rows per micro-batch.
+
+    `make` builds another trainer, see reference_trainer.
+    """
     from transformers import AutoModelForCausalLM
 
     from zhibei.train.materials import make_batches
@@ -83,7 +87,7 @@ def run_theirs(run: RunFile, prepared: PreparedSet, *, batch: int) -> Curve:
         beta2=run.sft.beta2,
     )
     heldout = rows_of(prepared.heldout)[: run.sft.evaluate_rows]
-    return train(model, [rows[number] for number in order], settings, heldout=heldout)
+    return train(model, [rows[number] for number in order], settings, heldout=heldout, make=make)
 
 
 def _with_adapters(model: Any, run: RunFile) -> Any:

@@ -131,7 +131,9 @@ def filled(page: str, results: Path = RESULTS) -> str:
         if name not in TABLES:
             raise ValueError(f"no table is called {name}; there are: {', '.join(TABLES)}")
         file, make = TABLES[name]
-        return f"<!-- table {name} -->\n{make(read(results / file))}\n<!-- end {name} -->"
+        records = read(results / file)
+        made = make(records) if records else "Not measured yet."
+        return f"<!-- table {name} -->\n{made}\n<!-- end {name} -->"
 
     return re.sub(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end (?P=name) -->", table, page, flags=re.DOTALL)
 

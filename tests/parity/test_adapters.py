@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -17,7 +18,7 @@ from zhibei.model.save import write_weights
 pytestmark = pytest.mark.parity
 
 TOKENS_BT = torch.arange(5, 45).reshape(2, 20)
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"rslora": True},
     "dora": {"dora": True},
@@ -60,7 +61,7 @@ def test_plain_peft_loads_what_zhibei_wrote(tmp_path: Path, variant: str) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
-def test_zhibei_loads_what_plain_peft_wrote(tmp_path: Path, options: dict[str, bool]) -> None:
+def test_zhibei_loads_what_plain_peft_wrote(tmp_path: Path, options: dict[str, Any]) -> None:
     base = tiny_model_folder(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", **options)
