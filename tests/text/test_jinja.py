@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
 
+from tests.text.conversations import conversations
 from zhibei.config.errors import UserError
+from zhibei.text.families import TEMPLATES
 from zhibei.text.jinja import JinjaTemplate
 from zhibei.text.messages import Message
+from zhibei.text.native import bind
+from zhibei.text.supervision import learned_intervals
 
 # Control tokens of the families in the fixtures, as their tokenizers would list them.
 MARKS = (
@@ -185,3 +190,20 @@ def test_tools_reach_the_template() -> None:
     assert own(source).render([ASK], answer_next=True, tools='[{"name": "clock"}]').text.startswith("clock;")
     with pytest.raises(UserError, match="not JSON"):
         own(source).render([ASK], tools="[{")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(messages=conversations())
+@settings(max_examples=20, deadline=None)
+def test_a_family_saved_as_chat_template_keeps_its_learned_characters(name: str, messages: list[Message]) -> None:
+    """What a trained folder carries is found again by the road that knows only the chat template."""
+    native = bind(TEMPLATES[name], bos="<s>", eos="</s>")
+    saved = JinjaTemplate(native.as_jinja(), {"bos_token": "<s>", "eos_token": "</s>"}, marks=("<s>", "</s>", *MARKS))
+    if any(message.context for message in messages):
+        messages = [Message(one.role, one.content, learn=one.learn) for one in messages]
+    left, right = native.render(messages), saved.render(messages)
+    assert left.text == right.text
+    for mode in ("answers", "last_answer"):
+        ranges = [learned_intervals(one.spans, length=len(one.text), mode=mode) for one in (left, right)]
+        assert ranges[0] == ranges[1]
+    assert saved.terminator == native.terminator
