@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,6 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
 
 
 def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> None:
-    from zhibei.report.page import write_report
     from zhibei.train.opening import refuse_existing
     from zhibei.train.sft import run_dir_of, train
 
@@ -94,10 +94,12 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
                 on_rows=lambda done, _text: line.rows(done),
                 on_audit=None if quiet or as_json else _show_audit(line),
             )
-        finally:
-            written = resumed or run_dir_of(resolved.run)
-            if written.metrics.is_file():
-                write_report(written)
+        except BaseException:
+            # The page of a run that stopped is worth having; what stopped it is what must be told.
+            with contextlib.suppress(Exception):
+                _report(resumed or run_dir_of(resolved.run))
+            raise
+        _report(run_dir)
     if as_json:
         return
     console.stdout.print(
@@ -106,6 +108,13 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
         f"  look at it:  {run_dir.report}\n"
         f"  check it:    zhibei verify {run_dir.path}"
     )
+
+
+def _report(run_dir: RunDir) -> None:
+    from zhibei.report.page import write_report
+
+    if run_dir.metrics.is_file():
+        write_report(run_dir)
 
 
 def _show_audit(line: ProgressLine) -> Any:

@@ -124,7 +124,7 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     try:
         config = AutoConfig.from_pretrained(found.weights, **options)
         _apply_rope_scaling(config, section, need)
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             found.weights,
             config=config,
             dtype=DTYPES[need.precision],
@@ -135,6 +135,7 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
             output_loading_info=True,
             **options,
         )
+        hf, info = loaded
     except UserError:
         raise
     except Exception as error:  # transformers, safetensors and the hub raise many kinds; the user needs one message

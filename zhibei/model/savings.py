@@ -33,10 +33,11 @@ def checkpoint_activations(model: LanguageModel, how: str, *, compiled: bool = F
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
-    for layer in model.layers():
+    layers: list[Any] = [*model.layers()]
+    for layer in layers:
         # What transformers' own switch sets; setting it here works for every version without its deprecation notices.
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, **options)  # pyright: ignore[reportAttributeAccessIssue]
-        layer.gradient_checkpointing = True  # pyright: ignore[reportAttributeAccessIssue]
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, **options)
+        layer.gradient_checkpointing = True
 
 
 def _keep_expensive(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

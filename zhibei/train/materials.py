@@ -102,7 +102,7 @@ def gather(
         model=model,
         stepper=stepper,
         plain_loss_sum=plain_loss_sum,
-        notes=(*resolved.notes, *tokenizer.notes),
+        notes=resolved.notes,
     )
 
 

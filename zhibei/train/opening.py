@@ -13,8 +13,9 @@ from zhibei.config.errors import UserError
 from zhibei.config.resolve import write_resolved
 from zhibei.data.preview import preview_rows
 from zhibei.model.locate import Located, locate
-from zhibei.store.checkpoint import newest_sound
+from zhibei.store.checkpoint import check_checkpoint, newest_sound
 from zhibei.store.files import write_json_atomic, write_text_atomic
+from zhibei.store.folders import clean_left_overs
 from zhibei.store.manifest import model_fingerprint, new_manifest, require_manifest, template_entry, write_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
@@ -87,9 +88,13 @@ def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[st
     expected |= {"base.fingerprint": now["base"]["fingerprint"], "tokenizer.sha256": now["tokenizer"]["sha256"]}
     expected |= {"template.sha256": now["template"]["sha256"]}
     manifest = require_manifest(run_dir.path, expected)
+    left_over = [str(note) for note in clean_left_overs(run_dir.path)]
     found = newest_sound(run_dir.checkpoints)
     if found is None:
-        return Progress(run_id=manifest["run_id"], key=materials.rows.key), ["no checkpoint yet: starts at step 0"]
+        return Progress(run_id=manifest["run_id"], key=materials.rows.key), [
+            *left_over,
+            "no checkpoint yet: starts at step 0",
+        ]
     progress = restore(found.path, materials.stepper, key=materials.rows.key)
     if progress.run_id != manifest["run_id"]:
         raise UserError(
@@ -98,12 +103,12 @@ def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[st
             fix="move the foreign checkpoint away",
             where=str(found.path),
         )
-    return progress, [str(note) for note in found.notes]
+    return progress, [*left_over, *(str(note) for note in found.notes)]
 
 
 def checkpoint_path(run_dir: RunDir, step: int | None) -> Path | None:
-    """The folder of a step's checkpoint, if it is there."""
+    """The folder of a step's checkpoint, if it is there and sound."""
     if step is None:
         return None
     path = run_dir.checkpoint(step)
-    return path if path.is_dir() else None
+    return path if path.is_dir() and not check_checkpoint(path, step=step) else None

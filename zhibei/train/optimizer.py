@@ -128,7 +128,7 @@ def _adamw(groups: list[dict[str, Any]], section: TrainingSection) -> torch.opti
 def _adamw_8bit(groups: list[dict[str, Any]], section: TrainingSection) -> torch.optim.Optimizer:
     """Block-wise 8-bit states (arXiv:2110.02861); needs bitsandbytes."""
     try:
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         raise UserError(
             "sft.optimizer: adamw_8bit, but bitsandbytes is not installed",

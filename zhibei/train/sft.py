@@ -13,6 +13,7 @@ from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.config.resolve import ResolvedRun
 from zhibei.data.prepared import PreparedSet
 from zhibei.store.checkpoint import prune
+from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.cadence import Cadence
@@ -52,6 +53,13 @@ def train(
         progress, notes = open_new(run_dir, materials, describe(materials)), []
     else:
         progress, notes = open_again(run_dir, materials)
+    with hold_lock(run_dir.path / ".training.lock", patience_seconds=0):
+        run_loop(materials, run_dir, progress, [*notes, *materials.notes], watch=watch)
+    return run_dir
+
+
+def run_loop(materials: Materials, run_dir: RunDir, progress: Progress, notes: list[str], *, watch: Watch) -> None:
+    """The loop and its end, with figures going to the metrics file and to `watch`."""
     run = materials.run
     with Metrics(
         run_dir.path,
@@ -59,14 +67,13 @@ def train(
         wandb=run.log.wandb,
         run_name=run.name,
         config=run.model_dump(mode="json"),
-        resume_at_step=None if resume is None else progress.step,
+        resume_at_step=progress.step or None,
     ) as metrics:
         recorder = Recorder(metrics, watch, materials.device)
-        for note in [*notes, *metrics.notes, *materials.notes]:
+        for note in [*notes, *metrics.notes]:
             recorder.event(progress.step, "note", note)
         loop(materials, run_dir, progress, recorder)
         finish(materials, run_dir, progress, recorder)
-    return run_dir
 
 
 def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> None:
