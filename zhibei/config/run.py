@@ -40,7 +40,7 @@ class ModelSection(Section):
     `sdpa` and `eager` are for unpacked batches. auto picks the fastest exact one."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass instead of keeping them. selective: only what is cheap (norms,
-    rotations, gates; about 30 % less memory, hardly slower). full: whole layers (least memory, about a third more work)."""
+    rotations, gates; about 30 % less memory, hardly slower). full: whole layers (least memory, a third more work)."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile each decoder layer. auto: on CUDA with a C compiler, off on a CPU."""
     rope_scaling_factor: Annotated[float, Field(gt=1)] | None = None
