@@ -150,8 +150,10 @@ def test_bf16_gradients_of_many_passes_are_summed_in_fp32(folder):
     assert abs(norms["bf16", 60] - exact) < 2 * abs(norms["bf16", 2048] - exact) + 0.01 * exact
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "adamw_8bit"])
 def test_an_optimiser_put_back_continues_bit_for_bit(folder, name):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     batches = Batches(some_rows(), plan())
     straight = stepper(folder, optimizer=name)
     for i in range(3):
