@@ -13,7 +13,7 @@ import pytest
 from tests.text.small_tokenizers import byte_level, sentencepiece_like, tokenizer_called
 from zhibei.config.errors import UserError
 from zhibei.config.run import DataSection, ModelSection, RunFile
-from zhibei.data import workers
+from zhibei.data import prepared_cache, workers
 from zhibei.data.audit import format_audit
 from zhibei.data.prepare import prepare
 from zhibei.data.prepared import PreparedRows, PreparedSet
@@ -193,6 +193,47 @@ def test_a_damaged_cache_is_made_again_and_says_so(
     assert np.array_equal(again.train.tokens, kept["train"])
     assert np.array_equal(again.heldout.tokens, kept["heldout"])
     assert path.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_does_not_cost_the_run(alpaca: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    told: list[str] = []
+    tokenizer = byte_level()
+    template = find_template("alpaca", tokenizer)
+    run = run_of(alpaca, cache=str(tmp_path / "file"))
+    found = prepare(run, tokenizer, template, progress=lambda done, text: told.append(text))
+    assert_same(found, prepared(alpaca))
+    assert found.folder is None
+    assert any("cannot be kept" in text for text in told)
+
+
+def test_nothing_half_written_is_left_behind(alpaca: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies while writing leaves no folder under the key."""
+
+    def broken(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_cache, "write_text_atomic", broken)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(alpaca)
+    root = prepared_cache.cache_root(None) / "prepared"
+    assert not root.exists() or not [path for path in root.iterdir() if path.is_dir()]
+    assert prepared(alpaca).folder in list(root.iterdir())
+
+
+def test_own_chat_templates_work_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(workers, "ROWS_PER_WORKER", 100)
+    path = write(tmp_path / "many.json", alpaca_rows(220))
+    tokenizer = byte_level()
+    native = find_template("chatml", tokenizer)
+    own = JinjaTemplate(native.as_jinja(), dict(tokenizer.named_specials), marks=tokenizer.special_strings)
+    plain = prepare(run_of(path), tokenizer, native, use_cache=False)
+    for num_workers in (0, 2):
+        found = prepare(run_of(path, workers=num_workers), tokenizer, own, use_cache=False)
+        assert np.array_equal(found.train.tokens, plain.train.tokens)
+        assert np.array_equal(found.train.supervised, plain.train.supervised)
 
 
 def test_long_rows_are_dropped_cut_or_stop(tmp_path: Path) -> None:

@@ -72,8 +72,17 @@ def prepare(
     require_trainable(prepared.audit, prepared.ledger)
     if not use_cache:
         return prepared
-    write_prepared(folder, prepared, facts=facts)
+    try:
+        write_prepared(folder, prepared, facts=facts)
+    except (OSError, UserError) as problem:
+        # The rows are sound and in memory: a full disk or a read-only cache must not cost the run.
+        tell(prepared.audit["rows_read"], f"the prepared rows cannot be kept in {folder} ({_reason(problem)})")
+        return prepared
     return read_prepared(folder)
+
+
+def _reason(problem: OSError | UserError) -> str:
+    return problem.what if isinstance(problem, UserError) else problem.strerror or str(problem)
 
 
 def wording_of(data: DataSection, tokenizer: Tokenizer, template: Template) -> Wording:

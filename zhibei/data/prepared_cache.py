@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ class FileHashes:
         return digest
 
     def keep(self) -> None:
-        self.index.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self.index, self.known)
+        """Without an index (a read-only cache) files are hashed again next time: slower, never wrong."""
+        with suppress(OSError, UserError):
+            write_json_atomic(self.index, self.known)
 
 
 def key_of(facts: dict[str, Any]) -> str:
