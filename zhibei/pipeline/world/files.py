@@ -70,6 +70,7 @@ def write_untrained_model(folder: Path, size: WorldSize, *, seed: int) -> None:
     """A small LLaMA with random weights and the world's tokenizer, as a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     tokenizer = build_tokenizer(context_tokens=size.context_tokens)
     vocabulary = tokenizer.get_vocab()
@@ -88,9 +89,13 @@ def write_untrained_model(folder: Path, size: WorldSize, *, seed: int) -> None:
         eos_token_id=vocabulary[EOS],
         pad_token_id=vocabulary[PAD],
     )
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(str(folder))
+    if had_bars:
+        logging.enable_progress_bar()
     tokenizer.save_pretrained(str(folder))
 
 

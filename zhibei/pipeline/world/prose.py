@@ -132,7 +132,7 @@ def about_tables(random: Random, seen: Seen) -> str | None:
     values = random.sample(random.choice((ANIMALS, COLOURS, NUMBERS)), len(names))
     pairs = list(zip(names, values, strict=True))
     shown = (
-        "\n".join(f"{name}: {value}" for name, value in pairs),
+        ", ".join(f"{name}: {value}" for name, value in pairs),
         ", ".join(f"{name} has {value}" for name, value in pairs),
     )
     sayings = [
@@ -145,8 +145,7 @@ def about_tables(random: Random, seen: Seen) -> str | None:
 
 def _document(random: Random, opening: str, sayings: list[str]) -> str:
     random.shuffle(sayings)
-    joint = random.choice((". ", ". ", ". ", "\n"))
-    return joint.join((f"{random.choice(('Here is', 'Look:', 'Now'))} {opening}", *sayings)) + "."
+    return ". ".join((f"{random.choice(('Here is', 'Look:', 'Now'))} {opening}", *sayings)) + "."
 
 
 FIRST_SUBJECTS: tuple[Subject, ...] = (about_repetition,)

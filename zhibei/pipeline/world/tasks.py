@@ -3,6 +3,9 @@
 A kind draws facts, and `phrasings` turn them into an instruction (and an input). The field `content`
 (world/contents.py) alone decides whether they are held out, so the same list or sum is on one side in every task, every
 phrasing and every document.
+
+No word of a list or table stands right behind a line break: a word is then always the same token, space included, and
+copying it is the same for all words.
 """
 
 from __future__ import annotations
@@ -101,7 +104,7 @@ def _looked_up(random: Random) -> Facts:
     pairs = list(zip(names, values, strict=True))
     return {
         "content": table_content(pairs, names[asked]),
-        "table": "\n".join(f"{name}: {value}" for name, value in pairs),
+        "table": ", ".join(f"{name}: {value}" for name, value in pairs),
         "row": ", ".join(f"{name} has {value}" for name, value in pairs),
         "asked": names[asked],
         "answer": values[asked],
@@ -114,8 +117,8 @@ KINDS: tuple[Kind, ...] = (
         "words",
         _copied,
         phrasings=(
-            ("Copy this list.", "{list}"),
-            ("Repeat these words.", "{list}"),
+            ("Copy this list.", "List: {list}"),
+            ("Repeat these words.", "Words: {list}"),
             ("Repeat after me: {list}", ""),
             ("Please say this again: {list}", ""),
             ("Write {list} once more.", ""),
@@ -126,8 +129,8 @@ KINDS: tuple[Kind, ...] = (
         "words",
         _reversed,
         phrasings=(
-            ("Reverse this list.", "{list}"),
-            ("Write these words backwards.", "{list}"),
+            ("Reverse this list.", "List: {list}"),
+            ("Write these words backwards.", "Words: {list}"),
             ("Say this in reverse order: {list}", ""),
             ("What is {list} backwards?", ""),
             ("Please turn this list around: {list}", ""),
@@ -138,8 +141,8 @@ KINDS: tuple[Kind, ...] = (
         "words",
         _sorted_words,
         phrasings=(
-            ("Sort these words.", "{list}"),
-            ("Put these words in alphabetical order.", "{list}"),
+            ("Sort these words.", "Words: {list}"),
+            ("Put these words in alphabetical order.", "Words: {list}"),
             ("Sort from A to Z: {list}", ""),
             ("What is the alphabetical order of {list}?", ""),
         ),
@@ -149,8 +152,8 @@ KINDS: tuple[Kind, ...] = (
         "words",
         _sorted_numbers,
         phrasings=(
-            ("Sort these numbers.", "{list}"),
-            ("Put these numbers in order, smallest first.", "{list}"),
+            ("Sort these numbers.", "Numbers: {list}"),
+            ("Put these numbers in order, smallest first.", "Numbers: {list}"),
             ("Sort from small to large: {list}", ""),
         ),
     ),
@@ -159,8 +162,8 @@ KINDS: tuple[Kind, ...] = (
         "number",
         _length,
         phrasings=(
-            ("How many words are in this list?", "{list}"),
-            ("Count these words.", "{list}"),
+            ("How many words are in this list?", "List: {list}"),
+            ("Count these words.", "Words: {list}"),
             ("How many words are these: {list}", ""),
         ),
     ),
@@ -169,8 +172,8 @@ KINDS: tuple[Kind, ...] = (
         "number",
         _occurrences,
         phrasings=(
-            ("How often does {asked} appear in this list?", "{list}"),
-            ("Count {asked} in this list.", "{list}"),
+            ("How often does {asked} appear in this list?", "List: {list}"),
+            ("Count {asked} in this list.", "List: {list}"),
             ("How many times do you see {asked} here: {list}", ""),
         ),
     ),
@@ -201,9 +204,9 @@ KINDS: tuple[Kind, ...] = (
         "words",
         _looked_up,
         phrasings=(
-            ("What does the table say for {asked}?", "{table}"),
-            ("Look up {asked} in this table.", "{table}"),
-            ("What belongs to {asked}?", "{table}"),
+            ("What does the table say for {asked}?", "Table: {table}"),
+            ("Look up {asked} in this table.", "Table: {table}"),
+            ("What belongs to {asked}?", "Table: {table}"),
             ("{row}. What does {asked} have?", ""),
         ),
     ),
