@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.text.small_tokenizers import byte_level, sentencepiece_like, tokenizer_called
+from tests.tiny import tiny_tokenizer
 from zhibei.config.errors import UserError
 from zhibei.config.run import DataSection, ModelSection, RunFile
 from zhibei.data import prepared_cache, workers
@@ -112,6 +116,45 @@ def test_the_number_of_workers_does_not_matter(
     alone = prepare(run_of(path, workers=0), tokenizer, template, use_cache=False)
     assert_same(alone, prepare(run_of(path, workers=num_workers), tokenizer, template, use_cache=False))
     assert alone.audit["dropped"] == {"special_token": 1}
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    """Workers are interpreters of their own, so the script is not run again in each of them."""
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    path = write(tmp_path / "many.json", alpaca_rows(220))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from zhibei.config.run import DataSection, ModelSection, RunFile\n"
+        "from zhibei.data import prepare, workers\n"
+        "from zhibei.text.families import find_template\n"
+        "from zhibei.text.tokenizer import load_tokenizer\n"
+        "workers.CHUNK_ROWS, workers.ROWS_PER_WORKER = 50, 100\n"
+        f"tokenizer = load_tokenizer({str(tmp_path / 'tokenizer')!r})\n"
+        f"data = DataSection(sources=[{str(path)!r}], workers=2)\n"
+        "run = RunFile(name='t', model=ModelSection(path='m'), data=data)\n"
+        "print(prepare.prepare(run, tokenizer, find_template('alpaca', tokenizer)).audit['rows_kept'])\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "220\n", "")
+
+
+def test_a_worker_that_dies_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(workers, "ROWS_PER_WORKER", 100)
+    monkeypatch.setattr(workers, "WORKER", "raise SystemExit(9)")
+    with pytest.raises(UserError, match=r"died \(exit code 9\)") as caught:
+        prepared(write(tmp_path / "many.json", alpaca_rows(300)), workers=2)
+    assert "data.workers" in caught.value.fix
+
+
+def test_leftovers_of_killed_runs_are_removed_when_old(alpaca: Path) -> None:
+    root = prepared_cache.cache_root(None) / "prepared"
+    old, young = root / ".new-abc-1", root / ".new-abc-2"
+    for left in (old, young):
+        left.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    prepared(alpaca)
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_an_error_in_a_worker_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

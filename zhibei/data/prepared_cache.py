@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from zhibei.data.prepared import PreparedRows, PreparedSet
 from zhibei.store.files import as_json, read_json, sha256_of, sha256_of_text, write_json_atomic, write_text_atomic
 
 SIDES = ("train", "heldout")
+LEFTOVER_SECONDS = 24 * 3600
 ARRAYS = ("tokens", "supervised", "borders")
 
 
@@ -61,6 +63,7 @@ def key_of(facts: dict[str, Any]) -> str:
 def write_prepared(folder: Path, prepared: PreparedSet, *, facts: dict[str, Any]) -> None:
     """Into a temporary folder beside, then renamed: a reader sees all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder.parent)
     new = Path(tempfile.mkdtemp(prefix=f".new-{folder.name}-", dir=folder.parent))
     try:
         for side in SIDES:
@@ -84,6 +87,13 @@ def write_prepared(folder: Path, prepared: PreparedSet, *, facts: dict[str, Any]
                 raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a run that was killed while writing left behind, once no run can still be writing it."""
+    for left in folder.glob(".new-*-*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def fault_of(folder: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import IO, Any
 
 from zhibei.config.errors import UserError
@@ -27,6 +29,7 @@ CHUNK_ROWS = 500
 # Starting a worker costs about half a second; fewer rows than this are done sooner here.
 ROWS_PER_WORKER = 4000
 CHUNKS_AHEAD = 2
+WORKER = "from zhibei.data.workers import serve; serve()"
 
 
 def num_workers(asked: int | None) -> int:
@@ -85,7 +88,8 @@ def _in_workers(chunks: Iterator[list[Numbered]], wording: Wording, *, workers: 
         for future in pending:
             future.cancel()
         pool.stop()
-        executor.shutdown(wait=True)
+        executor.shutdown(wait=True, cancel_futures=True)
+        pool.stop()  # a thread may have started its process just after the first one
 
 
 class _Processes:
@@ -119,7 +123,7 @@ class _Processes:
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-c", "from zhibei.data.workers import serve; serve()"],
+            [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -143,10 +147,8 @@ class _Processes:
 
 
 def _close(pipe: IO[bytes]) -> None:
-    try:
+    with suppress(OSError):  # the process is gone and left something unsent
         pipe.close()
-    except OSError:  # the process is gone and left something unsent
-        return
 
 
 def _worker_died(process: subprocess.Popen[bytes]) -> UserError:
@@ -179,14 +181,16 @@ def serve() -> None:
 
     What comes in and goes out are pickles between two processes of one program; no file is ever unpickled.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing a library prints may end up between the answers
     first = _receive(source)
     if first is None:
         return
     wording: Wording = pickle.loads(first)
-    while (content := _receive(source)) is not None:
-        _send(sink, pickle.dumps(_answer(pickle.loads(content), wording)))
+    with suppress(BrokenPipeError):  # the parent is gone: nobody waits for the answer
+        while (content := _receive(source)) is not None:
+            _send(sink, pickle.dumps(_answer(pickle.loads(content), wording)))
 
 
 def _answer(chunk: list[Numbered], wording: Wording) -> Any:
