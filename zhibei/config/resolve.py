@@ -139,7 +139,7 @@ def yaml_value(value: Any) -> str:
 
 def _text(value: str) -> str:
     """Bare where that is plainly safe, else a JSON string, which YAML reads alike."""
-    is_plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", value)
+    is_plain = re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./-]*", value)
     if is_plain and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off", "y", "n"):
         return value
     return UNPRINTABLE.sub(_escaped, json.dumps(value, ensure_ascii=False))
