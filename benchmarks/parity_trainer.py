@@ -22,7 +22,7 @@ from benchmarks.side_by_side import difference, run_ours, run_theirs
 from zhibei.config.read import read_run
 
 RESULT_FILE = RESULTS / "parity_trainer.json"
-METHODS = {"full": (1e-3, ()), "lora": (5e-3, ("model.method=lora", "lora.rank=8", "lora.alpha=16"))}
+METHODS = {"full": (1e-4, ()), "lora": (1e-3, ("model.method=lora", "lora.rank=8", "lora.alpha=16"))}
 MAX_TOKENS = 384
 
 
@@ -91,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder of a small LLaMA")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows as JSON")
     parser.add_argument("--rows", type=int, default=2000, help="use the first so many records")
-    parser.add_argument("--heldout", type=int, default=32, help="held-out rows, evaluated after every step")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--global-batch", type=int, default=16)
+    parser.add_argument("--heldout", type=int, default=16, help="held-out rows, evaluated after every step")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4, help="rows per micro-batch of the Trainer")
     parser.add_argument("--out", type=Path, default=RESULT_FILE)
     options = parser.parse_args(arguments)

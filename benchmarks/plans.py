@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.records import Record, merge, with_surroundings
+from benchmarks.records import Record, merge, read
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,23 @@ class Measurement:
     seconds: int
 
 
-# Small shapes of everything: two layers, so that a failure shows before time is spent.
+# To be run with `--layers 2 --steps 2`, so that a failure shows before time is spent.
 SMOKE = [
     Measurement("ceiling", 10),
-    Measurement("zhibei --method full --tokens 8192", 40),
-    Measurement("zhibei --method full --tokens 8192 --checkpointing selective", 40),
-    Measurement("zhibei --method lora --tokens 16384", 40),
+    Measurement("zhibei --method full --tokens 8192 --checkpointing selective", 45),
+    Measurement("zhibei --method lora --tokens 16384", 45),
+    Measurement("peer-trl --method full --liger --weights fp32 --batch 32 --checkpointing full", 30),
+    Measurement("peer-unsloth --method lora --batch 32 --checkpointing none", 60),
+    Measurement("peer-trl --method lora --liger --batch 32 --checkpointing none", 30),
+    Measurement("peer-unsloth --method full --batch 32 --checkpointing none", 50),
+]
+MORE_SMOKE = [
+    Measurement("zhibei --method full --tokens 8192", 45),
     Measurement("zhibei --method lora --tokens 16384 --checkpointing full --compile off", 25),
     Measurement("zhibei --method lora --tokens 8192 --padded --compile off", 25),
-    Measurement("profile --method lora --tokens 8192", 40),
-    Measurement("peer-trl --method full --liger --weights fp32 --batch 32 --checkpointing full", 35),
-    Measurement("peer-trl --method lora --liger --batch 32 --checkpointing none", 35),
+    Measurement("profile --method lora --tokens 8192", 45),
     Measurement("peer-trl --method lora --batch 8 --packing --checkpointing none", 35),
     Measurement("peer-unsloth --method lora --batch 32 --checkpointing unsloth", 60),
-    Measurement("peer-unsloth --method full --batch 32 --checkpointing none", 60),
 ]
 
 OURS = [
@@ -62,13 +66,14 @@ PEERS = [
 
 PLANS: dict[str, list[Measurement]] = {
     "smoke": SMOKE,
+    "more-smoke": MORE_SMOKE,
     "ceiling": [Measurement("ceiling", 10)],
     "ours": OURS,
     "peers": PEERS,
     # Rivals and ours side by side, on one warm machine.
     "main": [
         Measurement("ceiling", 10),
-        *(measurement for pair in zip(OURS, PEERS, strict=False) for measurement in pair),
+        *(measurement for pair in itertools.zip_longest(OURS, PEERS) for measurement in pair if measurement),
     ],
 }
 
@@ -80,13 +85,18 @@ def run_plan(
     seconds: float,
     out: Path | None,
     peer_packages: str,
-    only: str,
+    only: str = "",
+    skip: Path | None = None,
 ) -> list[Record]:
-    """Run each measurement that still fits, in a process of its own; print and merge its record as it comes."""
+    """Run each measurement that still fits, in a process of its own; print and merge its record as it comes.
+
+    `skip` names a result file: what it holds without an error is not measured again.
+    """
+    known = {record["command"] for record in read(skip) if "error" not in record} if skip is not None else set()
     began = time.monotonic()
     done: list[Record] = []
     for measurement in plan:
-        if only not in measurement.words:
+        if only not in measurement.words or " ".join(_command(measurement, extra)) in known:
             continue
         left = seconds - (time.monotonic() - began)
         if measurement.seconds > left:
@@ -94,7 +104,8 @@ def run_plan(
                 f"# not started ({left:.0f} s left, needs about {measurement.seconds}): {measurement.words}", flush=True
             )
             continue
-        records = _run_one(measurement, extra=extra, limit=left, peer_packages=peer_packages)
+        limit = min(left, 3 * measurement.seconds)
+        records = _run_one(measurement, extra=extra, limit=limit, peer_packages=peer_packages)
         for record in records:
             print(json.dumps(record), flush=True)
         done += records
@@ -104,33 +115,46 @@ def run_plan(
     return done
 
 
-def _run_one(measurement: Measurement, *, extra: Sequence[str], limit: float, peer_packages: str) -> list[Record]:
+def _command(measurement: Measurement, extra: Sequence[str]) -> list[str]:
+    """The command line; a plan's own number of steps gives way to the one asked for."""
     words = measurement.words.split()
     fitting = [] if words[0] == "ceiling" else list(extra)
     if "--steps" in words and "--steps" in fitting:
         at = words.index("--steps")
         del words[at : at + 2]
-    command = [sys.executable, "-m", "benchmarks.sft", *words, *fitting]
+    return ["python", "-m", "benchmarks.sft", *words, *fitting]
+
+
+def _run_one(measurement: Measurement, *, extra: Sequence[str], limit: float, peer_packages: str) -> list[Record]:
+    command = _command(measurement, extra)
+    words, shown = measurement.words.split(), " ".join(command)
     environment = dict(os.environ)
     if peer_packages and words[0].startswith("peer"):
-        environment["PYTHONPATH"] = os.pathsep.join([peer_packages, environment.get("PYTHONPATH", "")]).rstrip(
-            os.pathsep
-        )
-    shown = "python -m benchmarks.sft " + " ".join([*words, *fitting])
+        paths = [peer_packages, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     print(f"# {shown}", flush=True)
     began = time.monotonic()
     try:
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+        finished = subprocess.run(
+            [sys.executable, *command[1:]], env=environment, capture_output=True, text=True, timeout=limit
+        )
         output, errors, failed = finished.stdout, finished.stderr, finished.returncode != 0
     except subprocess.TimeoutExpired:
         output, errors, failed = "", f"no result within {limit:.0f} s", True
     print(f"# took {time.monotonic() - began:.0f} s", flush=True)
     if failed:
-        return [with_surroundings(failure(words, errors), shown)]
+        return [{**_surroundings(environment), **failure(words, errors), "command": shown}]
     for line in output.splitlines():
         if line and not line.startswith("{"):
             print(line)
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"benchmark"')]
+
+
+def _surroundings(environment: dict[str, str]) -> Record:
+    """Device, versions and date, asked in another process: this one must hold no GPU memory between measurements."""
+    code = "import json; from benchmarks import records; print(json.dumps(records.with_surroundings({}, '')))"
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(asked.stdout.splitlines()[-1])
 
 
 def failure(words: Sequence[str], errors: str) -> Record:

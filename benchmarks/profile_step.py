@@ -16,7 +16,10 @@ from benchmarks.workload import Workload
 # First match wins. Attention comes before products: flash kernels carry "cutlass" or "gemm" in their names too.
 KINDS: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|attention|attn"),
-    ("optimiser", r"multi_tensor|fused_adam|FusedAdam|FusedOptimizer|foreach|lpnorm|NormTwoOps"),
+    (
+        "optimiser",
+        r"^triton_\w*(lshift|left_shift|(?<!r)sqrt)|multi_tensor|fused_adam|FusedAdam|FusedOptimizer|foreach|lpnorm|NormTwoOps",
+    ),
     ("products", r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitK|cudnn"),
     ("loss", r"softmax|logsumexp|nll"),
     ("copies and fills", r"Memcpy|Memset|memcpy|memset|copy_kernel|FillFunctor|CatArray"),

@@ -78,7 +78,9 @@ def _profile(options: argparse.Namespace) -> list[Record]:
 def _all(options: argparse.Namespace) -> list[Record]:
     from benchmarks.plans import PLANS, run_plan
 
-    scale = ["--shape", options.shape, "--layers", str(options.layers), "--global-batch", str(options.global_batch)]
+    chosen = {"--shape": options.shape, "--layers": options.layers, "--global-batch": options.global_batch}
+    defaults = {"--shape": "llama-7b", "--layers": 0, "--global-batch": 128}
+    scale = [word for name in chosen if chosen[name] != defaults[name] for word in (name, str(chosen[name]))]
     if options.steps_given:
         scale += ["--steps", str(options.steps)]
     return run_plan(
@@ -88,6 +90,7 @@ def _all(options: argparse.Namespace) -> list[Record]:
         out=options.out,
         peer_packages=options.peer_packages,
         only=options.only,
+        skip=options.skip,
     )
 
 
@@ -127,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--plan", default="main", help="which list of measurements")
             sub.add_argument("--seconds", type=float, default=540, help="start nothing that would end later")
             sub.add_argument("--only", default="", help="run only measurements whose command contains this text")
+            sub.add_argument("--skip", type=Path, default=None, help="result file of what need not be measured again")
             sub.add_argument("--peer-packages", default="", help="folder of the rivals' packages, seen only by them")
         elif verb != "ceiling":
             sub.add_argument("--method", choices=("full", "lora"), default="lora")

@@ -103,3 +103,12 @@ def test_nothing_is_started_that_would_end_too_late(capsys: pytest.CaptureFixtur
 
 def test_records_are_plain_json() -> None:
     assert json.loads(json.dumps(record())) == record()
+
+
+def test_what_is_known_is_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = tmp_path / "sft.json"
+    merge(known, [record(command=f"python -m benchmarks.sft {PLANS['peers'][0].words}")])
+    run_plan(PLANS["peers"], extra=[], seconds=1, out=None, peer_packages="", skip=known)
+    assert capsys.readouterr().out.count("# not started") == len(PLANS["peers"]) - 1
+    run_plan(PLANS["peers"], extra=["--layers", "2"], seconds=1, out=None, peer_packages="", skip=known)
+    assert capsys.readouterr().out.count("# not started") == len(PLANS["peers"])
