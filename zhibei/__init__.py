@@ -59,12 +59,9 @@ def prepare(resolved: ResolvedRun) -> PreparedSet:
     """Every row of a run as token ids with its mask, split, audited and cached; needs no weights."""
     from zhibei.data.prepare import prepare
     from zhibei.text.families import find_template
-    from zhibei.text.tokenizer import load_tokenizer
+    from zhibei.train.materials import load_run_tokenizer
 
-    model = resolved.run.model
-    tokenizer = load_tokenizer(
-        model.tokenizer or model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    tokenizer = load_run_tokenizer(resolved.run)
     return prepare(resolved.run, tokenizer, find_template(resolved.run.data.template, tokenizer))
 
 

@@ -5,6 +5,7 @@ The arithmetic of the updates is torch's (AdamW, Adafactor) or bitsandbytes' (8-
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -128,7 +129,7 @@ def _adamw(groups: list[dict[str, Any]], section: TrainingSection) -> torch.opti
 def _adamw_8bit(groups: list[dict[str, Any]], section: TrainingSection) -> torch.optim.Optimizer:
     """Block-wise 8-bit states (arXiv:2110.02861); needs bitsandbytes."""
     try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports] (optional)
+        bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError:
         raise UserError(
             "sft.optimizer: adamw_8bit, but bitsandbytes is not installed",
