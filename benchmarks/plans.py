@@ -44,23 +44,23 @@ MORE_SMOKE = [
 ]
 
 OURS = [
-    Measurement("zhibei --method full --tokens 8192 --checkpointing selective", 110),
-    Measurement("zhibei --method lora --tokens 16384", 100),
-    Measurement("zhibei --method full --tokens 8192", 110),
-    Measurement("zhibei --method full --tokens 16384 --checkpointing full", 110),
-    Measurement("zhibei --method lora --tokens 8192", 90),
-    Measurement("zhibei --method lora --tokens 8192 --checkpointing full", 100),
-    Measurement("zhibei --method lora --tokens 16384 --compile off", 70),
+    Measurement("zhibei --method full --tokens 10240 --checkpointing selective --steps 6", 65),
+    Measurement("zhibei --method lora --tokens 16384 --steps 6", 60),
+    Measurement("zhibei --method lora --tokens 24576 --checkpointing full --steps 5", 55),
+    Measurement("zhibei --method full --tokens 16384 --checkpointing full --steps 5", 65),
+    Measurement("zhibei --method full --tokens 8192 --steps 5", 65),
+    Measurement("zhibei --method lora --tokens 16384 --checkpointing selective --steps 5", 60),
+    Measurement("zhibei --method lora --tokens 16384 --compile off --steps 4", 45),
 ]
 
 PEERS = [
     Measurement("peer-trl --method full --liger --weights fp32 --batch 32 --checkpointing full --steps 4", 80),
-    Measurement("peer-unsloth --method lora --batch 32 --checkpointing none --steps 4", 110),
-    Measurement("peer-trl --method lora --liger --batch 32 --checkpointing none --steps 4", 70),
-    Measurement("peer-unsloth --method full --batch 32 --checkpointing none --steps 4", 90),
-    Measurement("peer-trl --method full --liger --weights bf16 --batch 32 --checkpointing none --steps 4", 70),
+    Measurement("peer-unsloth --method lora --batch 32 --checkpointing none --steps 4", 100),
+    Measurement("peer-unsloth --method lora --batch 32 --checkpointing unsloth --steps 4", 75),
+    Measurement("peer-trl --method lora --liger --batch 32 --checkpointing none --steps 4", 60),
+    Measurement("peer-unsloth --method full --batch 32 --checkpointing none --steps 4", 80),
+    Measurement("peer-trl --method full --liger --weights bf16 --batch 32 --checkpointing none --steps 4", 60),
     Measurement("peer-trl --method lora --batch 8 --checkpointing full --steps 3 --warmup 1", 90),
-    Measurement("peer-unsloth --method lora --batch 32 --checkpointing unsloth --steps 4", 90),
     Measurement("peer-trl --method full --weights fp32 --batch 8 --checkpointing full --steps 3 --warmup 1", 120),
 ]
 
