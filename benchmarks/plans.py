@@ -44,13 +44,13 @@ MORE_SMOKE = [
 ]
 
 OURS = [
-    Measurement("zhibei --method full --tokens 10240 --checkpointing selective --steps 6", 65),
-    Measurement("zhibei --method lora --tokens 16384 --steps 6", 60),
-    Measurement("zhibei --method lora --tokens 24576 --checkpointing full --steps 5", 55),
-    Measurement("zhibei --method full --tokens 16384 --checkpointing full --steps 5", 65),
-    Measurement("zhibei --method full --tokens 8192 --steps 5", 65),
-    Measurement("zhibei --method lora --tokens 16384 --checkpointing selective --steps 5", 60),
-    Measurement("zhibei --method lora --tokens 16384 --compile off --steps 4", 45),
+    Measurement("zhibei --method full --tokens 10240 --checkpointing selective --steps 6 --warmup 4", 65),
+    Measurement("zhibei --method lora --tokens 16384 --steps 6 --warmup 4", 60),
+    Measurement("zhibei --method lora --tokens 24576 --checkpointing full --steps 5 --warmup 4", 55),
+    Measurement("zhibei --method full --tokens 16384 --checkpointing full --steps 5 --warmup 4", 65),
+    Measurement("zhibei --method full --tokens 8192 --steps 5 --warmup 4", 65),
+    Measurement("zhibei --method lora --tokens 16384 --checkpointing selective --steps 5 --warmup 4", 60),
+    Measurement("zhibei --method lora --tokens 16384 --compile off --steps 4 --warmup 4", 45),
 ]
 
 PEERS = [
