@@ -17,6 +17,8 @@ from zhibei.evaluate.exact_match import CHECKERS, Question, is_right, score
         ("number", "12", "12"),
         ("number", "12", " 12.\n"),
         ("number", "-3", "-3"),
+        ("result", "15 16, so 16", "15 16, so 16."),
+        ("result", "15 16, so 16", "16"),
         ("text", "A b", " A b\n"),
     ],
 )
@@ -40,6 +42,9 @@ def test_the_same_answer(checker, expected, answer):
         ("number", "12", "twelve"),
         ("number", "12", "x = 12"),
         ("number", "12", ""),
+        ("result", "15 16, so 16", "15 16, so 17"),
+        ("result", "15 16, so 16", "16 is it"),
+        ("result", "15 16, so 16", ""),
         ("text", "A b", "a b"),
     ],
 )

@@ -2,8 +2,8 @@
 
 What counts as the same answer (and nothing else does):
 `words`: the same words in the same order, whatever the case, the commas or line breaks between them, and a full stop
-at the end. `number`: the whole answer is that integer, a full stop at the end allowed. `text`: equal after white space
-at the ends is removed.
+at the end. `number`: the whole answer is that integer, a full stop at the end allowed. `result`: the answer may count
+or reason, and its last word is that integer. `text`: equal after white space at the ends is removed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,15 @@ def same_number(answer: str, expected: str) -> bool:
     return found is not None and int(found[1]) == int(expected)
 
 
+def same_result(answer: str, expected: str) -> bool:
+    return same_number(_last_word(answer), _last_word(expected))
+
+
 def same_text(answer: str, expected: str) -> bool:
     return answer.strip() == expected.strip()
 
 
-CHECKERS: dict[str, Checker] = {"words": same_words, "number": same_number, "text": same_text}
+CHECKERS: dict[str, Checker] = {"words": same_words, "number": same_number, "result": same_result, "text": same_text}
 
 
 def is_right(question: Question, answer: str) -> bool:
@@ -87,6 +91,10 @@ def score(questions: Sequence[Question], answers: Sequence[str], *, confidence: 
         by_task={task: wilson(sum(own), len(own), confidence=confidence) for task, own in by_task.items()},
         right=right,
     )
+
+
+def _last_word(text: str) -> str:
+    return text.split()[-1] if text.split() else ""
 
 
 def _words(text: str) -> list[str]:

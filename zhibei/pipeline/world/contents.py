@@ -1,7 +1,7 @@
 """What identifies facts, however they are phrased: the one thing that decides whether they are held out.
 
 All orders of the same words are one content, since reversing and sorting turn one order into another; so are all ways
-to ask about the same two addends.
+to ask about the same two numbers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ def list_content(words: Sequence[str]) -> str:
     return "list " + " ".join(sorted(words))
 
 
-def sum_content(left: int, right: int) -> str:
-    """5 + 7, 7 + 5, 12 - 5 and 12 - 7: the addends 5 and 7."""
-    return f"sum {min(left, right)} {max(left, right)}"
+def sum_content(number: int, steps: int) -> str:
+    """14 + 3, 3 + 14 and 14 - 3: three steps from 14, up or down."""
+    return f"sum {number} {steps}"
 
 
 def table_content(pairs: Sequence[tuple[str, str]], asked: str) -> str:

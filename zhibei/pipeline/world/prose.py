@@ -17,9 +17,10 @@ from zhibei.pipeline.world.words import (
     NAMES,
     NUMBERS,
     PLURALS,
-    draw_addends,
+    counted,
     draw_numbers,
     draw_repeats,
+    draw_steps,
     draw_words,
 )
 
@@ -97,27 +98,27 @@ def about_repeats(random: Random, seen: Seen) -> str | None:
 
 
 def about_sums(random: Random, seen: Seen) -> str | None:
-    """Sums and differences, each of them complete."""
+    """Sums and differences, counted on step by step."""
     lines: list[str] = []
-    while len(lines) < 5:
-        left, right = draw_addends(random)
-        if not seen(sum_content(left, right)):
+    while len(lines) < 3:
+        number, steps = draw_steps(random)
+        if not seen(sum_content(number, steps)):
             continue
-        total, things = left + right, random.choice(PLURALS)
+        things = random.choice(PLURALS)
         ways = (
-            f"{left} + {right} = {total}",
-            f"{left} plus {right} makes {total}",
-            f"{left} {things} and {right} more are {total}",
-            f"{total} - {left} = {right}",
-            f"{total} minus {left} makes {right}",
-            f"{total} {things} less {left} are {right}",
+            f"{number} + {steps}: {counted(number, steps)}",
+            f"{number} plus {steps} makes {counted(number, steps)}",
+            f"{number} {things} and {steps} more: {counted(number, steps)}",
+            f"{number} - {steps}: {counted(number, -steps)}",
+            f"{number} minus {steps} makes {counted(number, -steps)}",
+            f"{number} {things} less {steps}: {counted(number, -steps)}",
         )
         lines.append(random.choice(ways))
     return _document(random, lines[0], lines[1:])
 
 
 def about_counting(random: Random, seen: Seen) -> str | None:
-    """Numbers one by one, up or down. Steps of two or more would show sums."""
+    """Numbers one by one, up or down."""
     step = random.choice((1, -1))
     numbers = [random.randrange(len(NUMBERS))]
     while len(numbers) < 16 and 0 <= numbers[-1] + step < len(NUMBERS):

@@ -22,9 +22,10 @@ from zhibei.pipeline.world.words import (
     NAMES,
     NUMBERS,
     PLURALS,
-    draw_addends,
+    counted,
     draw_numbers,
     draw_repeats,
+    draw_steps,
     draw_words,
 )
 
@@ -76,25 +77,26 @@ def _occurrences(random: Random) -> Facts:
     return {**_list_facts(words, str(words.count(asked))), "asked": asked}
 
 
-def _sum_facts(random: Random, left: int, right: int, answer: int, addends: tuple[int, int]) -> Facts:
-    return {
-        "content": sum_content(*addends),
-        "left": str(left),
-        "right": str(right),
-        "answer": str(answer),
-        "name": random.choice(NAMES),
-        "things": random.choice(PLURALS),
-    }
-
-
 def _plus(random: Random) -> Facts:
-    left, right = draw_addends(random)
-    return _sum_facts(random, left, right, left + right, (left, right))
+    number, steps = draw_steps(random)
+    left, right = random.sample((number, steps), 2)
+    return _sum_facts(random, number, steps, left=left, right=right)
 
 
 def _minus(random: Random) -> Facts:
-    right, rest = draw_addends(random)
-    return _sum_facts(random, right + rest, right, rest, (right, rest))
+    number, steps = draw_steps(random)
+    return _sum_facts(random, number, -steps, left=number, right=steps)
+
+
+def _sum_facts(random: Random, number: int, steps: int, *, left: int, right: int) -> Facts:
+    return {
+        "content": sum_content(number, abs(steps)),
+        "left": str(left),
+        "right": str(right),
+        "answer": counted(number, steps),
+        "name": random.choice(NAMES),
+        "things": random.choice(PLURALS),
+    }
 
 
 def _looked_up(random: Random) -> Facts:
@@ -107,7 +109,7 @@ def _looked_up(random: Random) -> Facts:
         "table": ", ".join(f"{name}: {value}" for name, value in pairs),
         "row": ", ".join(f"{name} has {value}" for name, value in pairs),
         "asked": names[asked],
-        "answer": values[asked],
+        "answer": f"{names[asked]} has {values[asked]}",
     }
 
 
@@ -179,7 +181,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "arithmetic",
-        "number",
+        "result",
         _plus,
         phrasings=(
             ("What is {left} plus {right}?", ""),
@@ -190,7 +192,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "arithmetic",
-        "number",
+        "result",
         _minus,
         phrasings=(
             ("What is {left} minus {right}?", ""),

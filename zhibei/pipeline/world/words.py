@@ -11,7 +11,8 @@ THINGS = ("bag", "book", "cup", "door", "key", "lamp", "pen", "table")
 NAMES = ("Anna", "Ben", "Emma", "Hugo", "Ida", "Jack", "Mia", "Tom")
 PLURALS = ("apples", "books", "coins", "cups", "eggs", "keys", "pens", "stones")
 
-LARGE_ADDENDS, SMALL_ADDENDS = range(21), range(1, 7)
+LARGE_NUMBERS, STEPS = range(6, 26), range(1, 6)
+"""A sum is a large number and a few steps up or down from it."""
 NUMBERS = tuple(str(number) for number in range(31))
 
 GROUPS = (FRUITS, ANIMALS, COLOURS, THINGS)
@@ -27,15 +28,23 @@ def draw_words(random: Random, fewest: int = 2, most: int = MOST_LISTED) -> list
 
 
 def draw_numbers(random: Random, fewest: int = 2, most: int = MOST_LISTED) -> list[str]:
-    """Different numbers in random order."""
-    return random.sample(NUMBERS, random.randint(fewest, most))
+    """Different numbers in random order; never ones that follow one another, which counting shows."""
+    while True:
+        numbers = random.sample(range(len(NUMBERS)), random.randint(fewest, most))
+        if max(numbers) - min(numbers) >= len(numbers):
+            return [str(number) for number in numbers]
 
 
-def draw_addends(random: Random) -> tuple[int, int]:
-    """A number and a small one, in either order."""
-    addends = [random.choice(LARGE_ADDENDS), random.choice(SMALL_ADDENDS)]
-    random.shuffle(addends)
-    return addends[0], addends[1]
+def draw_steps(random: Random) -> tuple[int, int]:
+    """A large number, and how many steps are counted from it."""
+    return random.choice(LARGE_NUMBERS), random.choice(STEPS)
+
+
+def counted(start: int, steps: int) -> str:
+    """Counting on from a number, down if `steps` is negative, and where it ends: 14, 3 -> '15 16 17, so 17'."""
+    direction = 1 if steps > 0 else -1
+    passed = [start + direction * number for number in range(1, abs(steps) + 1)]
+    return f"{' '.join(map(str, passed))}, so {passed[-1]}"
 
 
 def draw_repeats(random: Random) -> tuple[list[str], str]:
