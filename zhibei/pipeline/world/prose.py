@@ -13,6 +13,7 @@ from zhibei.pipeline.world.contents import list_content, sum_content, table_cont
 from zhibei.pipeline.world.words import (
     ANIMALS,
     COLOURS,
+    MIXED,
     MOST_COUNTED,
     NAMES,
     NUMBERS,
@@ -31,20 +32,20 @@ Subject = Callable[[Random, Seen], str | None]
 
 
 def about_repetition(random: Random, seen: Seen) -> str | None:
-    """A list, said several times: what a model must be able to do before anything else here."""
-    words = random.choice((draw_words, draw_words, draw_numbers))(random)
-    if not seen(list_content(words)):
-        return None
-    listed = " ".join(words)
-    sayings = [random.choice((listed, f"Once more: {listed}")) for _ in range(3)]
-    return _document(random, listed, sayings)
+    """A long list, said three times: what a model must be able to do before anything else here.
+
+    In a short list, guessing among its words costs little; only in a long one does it pay to find the exact place.
+    """
+    group = random.choice((MIXED, MIXED + NAMES + NUMBERS))
+    listed = " ".join(random.sample(group, random.randint(MOST_COUNTED + 1, 2 * MOST_COUNTED)))
+    return _document(random, listed, [random.choice((listed, f"Once more: {listed}")) for _ in range(2)])
 
 
 def about_words(random: Random, seen: Seen) -> str | None:
     """Lists of words, each copied, turned around or sorted, and counted."""
     parts = []
     for _ in range(3):
-        words = draw_words(random)
+        words = draw_words(random, most=MOST_COUNTED)
         if not seen(list_content(words)):
             return None
         listed, name = " ".join(words), random.choice(NAMES)
@@ -59,7 +60,7 @@ def about_numbers(random: Random, seen: Seen) -> str | None:
     """Lists of numbers, each copied, turned around or sorted."""
     parts = []
     for _ in range(3):
-        numbers = draw_numbers(random)
+        numbers = draw_numbers(random, most=MOST_COUNTED)
         if not seen(list_content(numbers)):
             return None
         saying = random.choice((_copied, _reversed, _sorted, _sorted))(random, numbers)
@@ -128,20 +129,16 @@ def about_counting(random: Random, seen: Seen) -> str | None:
 
 
 def about_tables(random: Random, seen: Seen) -> str | None:
-    """Who has what, and the same again name by name."""
+    """What goes with which name, and the same again name by name."""
     names = random.sample(NAMES, random.randint(2, 5))
     values = random.sample(random.choice((ANIMALS, COLOURS, NUMBERS)), len(names))
     pairs = list(zip(names, values, strict=True))
-    shown = (
-        ", ".join(f"{name}: {value}" for name, value in pairs),
-        ", ".join(f"{name} has {value}" for name, value in pairs),
-    )
     sayings = [
-        random.choice((f"{name} has {value}", f"The table says {name}: {value}"))
+        f"{random.choice(('', 'The table says ', 'We find '))}{name} {value}"
         for name, value in pairs
         if seen(table_content(pairs, name))
     ]
-    return _document(random, random.choice(shown), sayings)
+    return _document(random, ", ".join(f"{name} {value}" for name, value in pairs), sayings)
 
 
 def _document(random: Random, opening: str, sayings: list[str]) -> str:
@@ -152,6 +149,7 @@ def _document(random: Random, opening: str, sayings: list[str]) -> str:
 FIRST_SUBJECTS: tuple[Subject, ...] = (about_repetition,)
 """What the first texts are about."""
 SUBJECTS: tuple[Subject, ...] = (
+    about_repetition,
     about_words,
     about_words,
     about_numbers,

@@ -106,10 +106,9 @@ def _looked_up(random: Random) -> Facts:
     pairs = list(zip(names, values, strict=True))
     return {
         "content": table_content(pairs, names[asked]),
-        "table": ", ".join(f"{name}: {value}" for name, value in pairs),
-        "row": ", ".join(f"{name} has {value}" for name, value in pairs),
+        "table": ", ".join(f"{name} {value}" for name, value in pairs),
         "asked": names[asked],
-        "answer": f"{names[asked]} has {values[asked]}",
+        "answer": f"{names[asked]} {values[asked]}",
     }
 
 
@@ -209,7 +208,7 @@ KINDS: tuple[Kind, ...] = (
             ("What does the table say for {asked}?", "Table: {table}"),
             ("Look up {asked} in this table.", "Table: {table}"),
             ("What belongs to {asked}?", "Table: {table}"),
-            ("{row}. What does {asked} have?", ""),
+            ("{table}. What goes with {asked}?", ""),
         ),
     ),
 )
