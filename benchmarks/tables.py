@@ -34,7 +34,9 @@ def with_spread(record: Record, figure: str, digits: int = 0) -> str:
 
 def _settings(record: Record) -> str:
     settings: dict[str, Any] = record["settings"]
-    words = [settings["micro_batch"] + (" packed" if settings["packing"] else " padded")]
+    # Unsloth takes the padding out by itself ("Padding-free auto-enabled"), whatever its batch looks like.
+    layout = " packed" if settings["packing"] else (" padding-free" if record["who"] == "Unsloth" else " padded")
+    words = [settings["micro_batch"] + layout]
     words.append(f"{settings['checkpointing']} checkpointing".replace("none", "no"))
     if settings.get("compile") is False:
         words.append("not compiled")

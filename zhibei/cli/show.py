@@ -121,7 +121,9 @@ def _changed(data: DataSection, changes: dict[str, str]) -> DataSection:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            f"--{first['loc'][0]} {first['input']!r}", expected=first["msg"].removeprefix("Input should be "), fix="see  zhibei data show --help"
+            f"--{first['loc'][0]} {first['input']!r}",
+            expected=first["msg"].removeprefix("Input should be "),
+            fix="see  zhibei data show --help",
         ) from error
 
 

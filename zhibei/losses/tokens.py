@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary without ever holding all logits. Knows hidden states, not models or rows.
 
-Dimensions: N tokens, D hidden width, V vocabulary.
+Dimensions: N tokens, C tokens of one chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -113,15 +113,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         for start in range(0, hidden_ND.shape[0], loss.chunk_tokens):
             part = slice(start, start + loss.chunk_tokens)
-            raw_NV = torch.nn.functional.linear(hidden_ND[part], head_VD, bias_V)
-            chunk_sum, gradient_NV = chunk_step(raw_NV, targets_N[part], loss)
+            raw_CV = torch.nn.functional.linear(hidden_ND[part], head_VD, bias_V)
+            chunk_sum, gradient_CV = chunk_step(raw_CV, targets_N[part], loss)
             total += chunk_sum
             if grad_hidden_ND is not None:
-                grad_hidden_ND[part] = gradient_NV @ head_VD
+                grad_hidden_ND[part] = gradient_CV @ head_VD
             if grad_head_VD is not None:
-                grad_head_VD += gradient_NV.T @ hidden_ND[part]
+                grad_head_VD += gradient_CV.T @ hidden_ND[part]
             if grad_bias_V is not None:
-                grad_bias_V += gradient_NV.float().sum(dim=0)
+                grad_bias_V += gradient_CV.float().sum(dim=0)
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD, grad_bias_V)
         ctx.head_dtype = head_VD.dtype
         return total

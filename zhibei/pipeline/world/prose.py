@@ -130,7 +130,7 @@ def about_counting(random: Random, seen: Seen) -> str | None:
 
 def about_tables(random: Random, seen: Seen) -> str | None:
     """What goes with which name, and the same again name by name."""
-    names = random.sample(NAMES, random.randint(2, 5))
+    names = random.sample(NAMES, random.randint(4, len(NAMES)))
     values = random.sample(random.choice((ANIMALS, COLOURS, NUMBERS)), len(names))
     pairs = list(zip(names, values, strict=True))
     sayings = [
@@ -156,6 +156,7 @@ SUBJECTS: tuple[Subject, ...] = (
     about_repeats,
     about_sums,
     about_counting,
+    about_tables,
     about_tables,
 )
 """What all later texts are about, each as often as it is named."""
