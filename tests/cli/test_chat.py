@@ -232,7 +232,11 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             # COLUMNS (set for parallel test workers) would win over the size of this terminal.
-            env={**{k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}, "TERM": "xterm"},
+            env={
+                **{k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")},
+                "TERM": "xterm",
+                "OMP_NUM_THREADS": "1",
+            },
             preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
         )
         os.close(theirs)
@@ -275,13 +279,19 @@ def test_a_conversation_at_a_terminal(folder):
 
     terminal.type("/set max_new_tokens 180\n")
     terminal.wait_for("you> ")
-    terminal.type("Talk on and on\n")
-    terminal.wait_for("model> .")
-    terminal.type("\x03")
-    terminal.wait_for(r"stopped\s+you> ")
+    # A busy machine may deliver Ctrl-C only after the answer has ended by itself; then another answer is stopped.
+    for attempt in range(1, 9):
+        terminal.type("Talk on and on\n")
+        terminal.wait_for("model> .")
+        terminal.type("\x03")
+        if "stopped" in terminal.wait_for(r"(stopped|leaves|tokens/s[^\n]*)\s+you> "):
+            break
+        terminal.type("/reset\n")
+        terminal.wait_for("you> ")
+    assert attempt < 8
 
     terminal.type("/tokens\n")
-    assert "in 4 messages" in terminal.wait_for("you> ")
+    assert re.search("in [24] messages", terminal.wait_for("you> "))
     terminal.type("half a line\x03")
     terminal.wait_for(r"leaves\s+you> ")
     terminal.type("\x04")
