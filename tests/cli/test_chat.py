@@ -279,19 +279,15 @@ def test_a_conversation_at_a_terminal(folder):
 
     terminal.type("/set max_new_tokens 180\n")
     terminal.wait_for("you> ")
-    # A busy machine may deliver Ctrl-C only after the answer has ended by itself; then another answer is stopped.
-    for attempt in range(1, 9):
-        terminal.type("Talk on and on\n")
-        terminal.wait_for("model> .")
-        terminal.type("\x03")
-        if "stopped" in terminal.wait_for(r"(stopped|leaves|tokens/s[^\n]*)\s+you> "):
-            break
-        terminal.type("/reset\n")
-        terminal.wait_for("you> ")
-    assert attempt < 8
+    terminal.type("Talk on and on\n")
+    terminal.wait_for("model> .")
+    terminal.type("\x03")
+    terminal.wait_for(r"stopped\s+you> ")
 
     terminal.type("/tokens\n")
-    assert re.search("in [24] messages", terminal.wait_for("you> "))
+    assert "in 4 messages" in terminal.wait_for("you> ")
+    # CPython misses a signal between showing the prompt and waiting for keys; no person is that quick.
+    time.sleep(0.5)
     terminal.type("half a line\x03")
     terminal.wait_for(r"leaves\s+you> ")
     terminal.type("\x04")
