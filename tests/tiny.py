@@ -90,6 +90,12 @@ def _qwen3() -> Any:
     return Qwen3Config(**_shape(head_dim=8))
 
 
+def _gemma() -> Any:
+    from transformers import GemmaConfig
+
+    return GemmaConfig(**_shape(head_dim=8, tie_word_embeddings=True), hidden_activation="gelu_pytorch_tanh")
+
+
 def _gemma2() -> Any:
     from transformers import Gemma2Config
 
@@ -114,6 +120,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "phi": _phi,
     "phi3": _phi3,

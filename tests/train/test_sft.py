@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.tiny import FAMILIES
 from tests.train.small_run import alpaca_rows, small_run
 from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.store.checkpoint import list_steps
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.sft import train
-from zhibei.train.step import NonFiniteStep
+from zhibei.train.step import NonFiniteStep, Stepper
 
 
 def losses(run_dir: RunDir) -> list[tuple[int, float]]:
@@ -133,6 +134,22 @@ def test_weights_that_blow_up_stop_the_run_with_step_and_row_ids(tmp_path):
     assert not (tmp_path / "runs/small/model").exists()
 
 
+def test_weights_that_an_update_ruins_never_get_into_a_checkpoint(tmp_path, monkeypatch):
+    step = Stepper.step
+
+    def ruined(self, micro_batches, *, learning_rate):
+        record = step(self, micro_batches, learning_rate=learning_rate)
+        if learning_rate > 0.009:
+            self.model.head.weight.data[3, 3] = float("inf")
+        return record
+
+    monkeypatch.setattr(Stepper, "step", ruined)
+    settings = ["sft.evaluate_every=0", "sft.save_every=1"]
+    with pytest.raises(NonFiniteStep, match=r"step 3: the update left non-finite weights in lm_head.weight; its rows"):
+        train(small_run(tmp_path, *settings))
+    assert [saved for saved, _ in list_steps(tmp_path / "runs/small/checkpoints")] == [1, 2]
+
+
 def test_the_best_evaluation_is_the_final_model(tmp_path):
     """Decay that grows with the rate ruins the last weights: earlier ones are the model."""
     run_dir = train(
@@ -171,7 +188,7 @@ def test_samples_show_base_and_tuned_side_by_side(tmp_path):
     assert any(entry["base"] != entry["tuned"] for entry in last)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_trains_and_saves_through_the_same_road(tmp_path, family):
     settings = ["sft.max_steps=1", "sft.evaluate_every=0", "sft.save_every=0", "sft.warmup_steps=0"]
     run_dir = train(small_run(tmp_path, *settings, "sft.learning_rate=1e-3", family=family))

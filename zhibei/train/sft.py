@@ -113,6 +113,10 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
             if cadence.evaluates_after(progress.step):
                 is_best = evaluate(materials, run_dir, progress, recorder, panel)
             if cadence.saves_after(progress.step) or (is_best and run.sft.keep_best) or stop:
+                try:
+                    stepper.require_finite_weights(micro_batches)
+                except NonFiniteStep as problem:
+                    raise stopped(problem, materials, run_dir, progress, recorder) from None
                 checkpoint(materials, run_dir, progress, recorder)
             if stop:
                 recorder.event(progress.step, "interrupted", f"{stop.name}: saved at step {progress.step}")
@@ -172,8 +176,10 @@ def stopped(
     """The same stop, with the step, the ids of its rows and where to resume; it goes into the metrics too."""
     ids = [materials.rows.train.row_ids[number] for number in problem.row_numbers]
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-    recorder.event(progress.step + 1, "stopped", f"{problem.what}; rows: {', '.join(ids)}")
-    result = NonFiniteStep(f"step {progress.step + 1}: {problem.what}; its rows: {shown}", problem.row_numbers)
+    # A step that was applied is counted already; one that was refused is the next.
+    step = progress.step if problem.was_applied else progress.step + 1
+    recorder.event(step, "stopped", f"{problem.what}; rows: {', '.join(ids)}")
+    result = NonFiniteStep(f"step {step}: {problem.what}; its rows: {shown}", problem.row_numbers)
     result.where = str(run_dir.path)
     return result
 

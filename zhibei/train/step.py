@@ -33,16 +33,19 @@ class StepRecord:
 
 
 class NonFiniteStep(RunStopped):
-    """Loss or gradients of a step are NaN or infinite; nothing was updated. `row_numbers` are the step's rows."""
+    """Loss, gradients or weights of a step are NaN or infinite. `row_numbers` are the step's rows.
 
-    def __init__(self, what: str, row_numbers: list[int]) -> None:
+    `was_applied`: the update itself made the weights so; otherwise nothing was updated.
+    """
+
+    def __init__(self, what: str, row_numbers: list[int], *, was_applied: bool = False) -> None:
         super().__init__(
             what,
             expected="finite loss and gradients",
             fix="lower the learning rate or raise warm-up; with fp16 use bf16 or fp32; look at the named rows with "
             "zhibei data show; the last checkpoint can be resumed",
         )
-        self.row_numbers = row_numbers
+        self.row_numbers, self.was_applied = row_numbers, was_applied
 
 
 class LossScale:
@@ -156,9 +159,19 @@ class Stepper:
         self._forget_gradients()
         if math.isfinite(record.loss) and self.scale.overflowed():
             return StepRecord(**{**vars(record), "was_skipped": True})
-        rows = sorted({number for batch in micro_batches for number in batch.row_numbers})
         what = "loss" if not math.isfinite(record.loss) else "gradient norm"
-        raise NonFiniteStep(f"the {what} is {record.loss if what == 'loss' else record.grad_norm}", rows)
+        raise NonFiniteStep(
+            f"the {what} is {record.loss if what == 'loss' else record.grad_norm}", rows_of(micro_batches)
+        )
+
+    def require_finite_weights(self, micro_batches: Sequence[Batch]) -> None:
+        """Raises NonFiniteStep, naming the rows of the step just done, when the update left NaN or infinite weights:
+        they must not get into a checkpoint, where the next loss would be the first to show them."""
+        for name, parameter in self.optimizer.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteStep(
+                    f"the update left non-finite weights in {name}", rows_of(micro_batches), was_applied=True
+                )
 
     def state(self) -> dict[str, Any]:
         """Plain values that a checkpoint needs besides tensors."""
@@ -167,6 +180,11 @@ class Stepper:
     def load_state(self, state: dict[str, Any]) -> None:
         self.scale.value = float(state["loss_scale"])
         self.scale.good_steps = int(state["loss_scale_good_steps"])
+
+
+def rows_of(micro_batches: Sequence[Batch]) -> list[int]:
+    """Numbers of the rows of a step."""
+    return sorted({number for batch in micro_batches for number in batch.row_numbers})
 
 
 def global_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
