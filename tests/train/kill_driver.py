@@ -13,7 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+# Imported here so that forked children find them: each would spend seconds on it.
+import peft  # noqa: F401
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 from tests.train.small_run import small_run
 from zhibei.store.checkpoint import check_checkpoint, list_steps, newest_sound
