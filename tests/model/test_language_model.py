@@ -107,7 +107,7 @@ def test_linear_position_scaling_admits_longer_rows(tmp_path):
     assert model.config.rope_parameters["factor"] == 2.0
 
 
-def test_paths_that_lead_nowhere_say_what_is_near(tmp_path):
+def test_paths_that_lead_nowhere_say_what_is_near(tmp_path, monkeypatch):
     folder = tiny_model_folder(tmp_path, family="llama")
     cases = {
         str(folder)[:-1]: str(folder),
@@ -119,6 +119,10 @@ def test_paths_that_lead_nowhere_say_what_is_near(tmp_path):
             locate(path)
         assert remedy in caught.value.fix
     assert locate("org/name").weights == "org/name"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="there is no folder runs/typo"):
+        locate("runs/typo")
 
 
 def test_only_pickled_weights_are_refused_unopened(tmp_path):

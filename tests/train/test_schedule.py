@@ -27,6 +27,13 @@ def test_warmup_ratio_is_rounded_up_as_transformers_does():
     assert warmup_steps_of(TrainingSection(warmup_ratio=0.03), 101) == 4
 
 
+def test_a_ratio_leaves_at_least_one_step_at_the_peak():
+    for num_steps in (1, 2, 5):
+        section = TrainingSection(warmup_ratio=1.0)
+        rates = [learning_rate(step, section=section, peak=1.0, num_steps=num_steps) for step in range(num_steps)]
+        assert max(rates) == 1.0
+
+
 def test_wsd_is_flat_and_then_falls_over_the_last_share_of_all_steps():
     section = TrainingSection(schedule="wsd", warmup_steps=10, decay_ratio=0.2, min_lr_ratio=0.1)
     rates = [learning_rate(step, section=section, peak=1.0, num_steps=100) for step in range(100)]

@@ -155,8 +155,8 @@ def test_the_best_evaluation_is_the_final_model(tmp_path):
     run_dir = train(
         small_run(
             tmp_path,
-            "sft.learning_rate=0.5",
-            "sft.warmup_steps=60",
+            "sft.learning_rate=0.125",
+            "sft.warmup_steps=15",
             "sft.weight_decay=30",
             "sft.schedule=constant",
             "sft.max_steps=16",
@@ -268,6 +268,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
     assert "there is no folder" in refused(tmp_path, "model.path=/no/such/folder").what
     assert "fewer than one optimiser step" in refused(tmp_path, "sft.global_batch=500").what
     assert "cuda" in refused(tmp_path, "device=cuda:7").what
+    assert "never reached" in refused(tmp_path, "sft.warmup_steps=12").what
+    assert "not writable" in refused(tmp_path, "runs=/proc/runs").what
 
 
 def test_damaged_weights_are_refused_with_a_remedy(tmp_path):

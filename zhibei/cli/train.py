@@ -80,11 +80,8 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
 
 
 def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> None:
-    from zhibei.train.opening import refuse_existing
     from zhibei.train.sft import run_dir_of, train
 
-    if resumed is None:
-        refuse_existing(run_dir_of(resolved.run))
     with ProgressLine(choose_mode(quiet=quiet, as_json=as_json)) as line:
         try:
             run_dir = train(

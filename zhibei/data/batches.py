@@ -84,7 +84,7 @@ class Batches:
             raise UserError(
                 f"{num_rows} training rows are fewer than one optimiser step takes ({plan.global_batch})",
                 expected="at least one full step of rows",
-                fix=f"set sft.global_batch to {max(1, num_rows // 4)} or so, or add rows",
+                fix=f"set sft.global_batch: {max(1, num_rows // 4)}, lower data.validation, or add rows",
                 where="sft.global_batch",
             )
         self.rows, self.plan = rows, plan

@@ -32,7 +32,9 @@ def locate(path: str, *, base: str | None = None) -> Located:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        if HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")):
+        # `runs/typo` is no hub id where a folder `runs` lies here: a hub look-up would only hide the misspelling.
+        is_below_a_folder_here = folder.parent != Path(".") and folder.parent.is_dir()
+        if HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")) and not is_below_a_folder_here:
             return Located(path)
         near = _near(folder)
         raise UserError(

@@ -198,7 +198,8 @@ def _first_line(error: Exception) -> str:
 def _find_folder(path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.exists():
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        is_below_a_folder_here = folder.parent != Path(".") and folder.parent.is_dir()
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or is_below_a_folder_here
         if looks_local:
             raise UserError(
                 "this folder does not exist",

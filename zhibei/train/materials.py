@@ -26,6 +26,7 @@ from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
 from zhibei.train.optimizer import make_optimizer
+from zhibei.train.schedule import require_peak
 from zhibei.train.step import LossSum, Stepper
 from zhibei.train.token_loss import token_loss
 
@@ -175,6 +176,7 @@ def make_batches(
         pad_token=pad_token,
     )
     batches = Batches(rows.train, plan, epochs=run.sft.epochs, max_steps=run.sft.max_steps)
+    require_peak(run.sft, batches.num_steps)
     return batches, heldout_batches(rows.heldout, plan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,23 @@ def refuse_existing(run_dir: RunDir) -> None:
             fix=f"continue it with: zhibei resume {run_dir.path}; or choose another name: name=NEW",
             where="name",
         )
+
+
+def require_writable(run_dir: RunDir) -> None:
+    """The run's folder can be made where it should be; found out before rows are prepared. Raises UserError."""
+    place = run_dir.path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".zhibei-", dir=place):
+            pass
+    except OSError as problem:
+        raise UserError(
+            f"{run_dir.path} cannot be made: {place} is not writable ({problem.strerror})",
+            expected="a folder that can be written to",
+            fix="set runs: to a folder of yours, or make that one writable",
+            where="runs",
+        ) from None
 
 
 def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any]) -> Progress:

@@ -5,12 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from zhibei.config.errors import UserError
 from zhibei.config.run import TrainingSection
 
 
 def warmup_steps_of(section: TrainingSection, num_steps: int) -> int:
-    """Warm-up in steps; a ratio is rounded up, as transformers does."""
-    return section.warmup_steps if section.warmup_steps is not None else math.ceil(section.warmup_ratio * num_steps)
+    """Warm-up in steps. A ratio is rounded up, as transformers does, but leaves one step at the peak: the rate of the
+    first step is 0, so a run of one step would learn nothing."""
+    if section.warmup_steps is not None:
+        return section.warmup_steps
+    return min(math.ceil(section.warmup_ratio * num_steps), num_steps - 1)
+
+
+def require_peak(section: TrainingSection, num_steps: int) -> None:
+    """The run must be longer than its warm-up, or it never trains at the rate that was asked for. Raises UserError."""
+    if section.warmup_steps is not None and section.warmup_steps >= num_steps:
+        raise UserError(
+            f"a warm-up of {section.warmup_steps} steps in a run of {num_steps}: the learning rate is never reached",
+            expected="fewer warm-up steps than optimiser steps",
+            fix=f"set sft.warmup_steps: {num_steps // 10}, train longer, or lower sft.global_batch",
+            where="sft.warmup_steps",
+        )
 
 
 def learning_rate(step: int, *, section: TrainingSection, peak: float, num_steps: int) -> float:

@@ -21,7 +21,7 @@ from zhibei.train.finish import finish
 from zhibei.train.heldout import heldout_loss
 from zhibei.train.interrupts import stop_requests
 from zhibei.train.materials import Materials, gather, run_dir_of
-from zhibei.train.opening import checkpoint_path, describe, open_again, open_new, refuse_existing
+from zhibei.train.opening import checkpoint_path, describe, open_again, open_new, refuse_existing, require_writable
 from zhibei.train.record import Recorder, Watch, ignore
 from zhibei.train.resume import Progress, save
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
@@ -48,6 +48,7 @@ def train(
     run_dir = resume or run_dir_of(resolved.run)
     if resume is None:
         refuse_existing(run_dir)
+        require_writable(run_dir)
     materials = gather(resolved, on_rows=on_rows, on_audit=on_audit)
     if resume is None:
         progress, notes = open_new(run_dir, materials, describe(materials)), []
