@@ -37,6 +37,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }
 
+# Read when torch is loaded, which is after this; what the user has set wins.
+SETTINGS_OF_TORCH = {
+    # Waiting threads otherwise spin; where cores are shared, a small model's step then takes ten times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Packed steps differ in size; without this the GPU's free memory falls into pieces.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+
 HELP = """From data to a model that speaks, with the known pits caught first."""
 
 EPILOGUE = """Begin with:  zhibei quickstart
@@ -68,6 +76,8 @@ def _shown_default(value: object) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: run and leave with the exit code of `run_command`."""
+    for name, value in SETTINGS_OF_TORCH.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that cannot show 指 still gets the message
             stream.reconfigure(errors="backslashreplace")
