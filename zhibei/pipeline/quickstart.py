@@ -50,9 +50,9 @@ SCALES: dict[str, Scale] = {
             heads=4,
         ),
         pretrain_batch=16,
-        pretrain_rate=3e-3,
+        pretrain_rate=1.5e-3,
         sft_batch=16,
-        sft_rate=2.5e-3,
+        sft_rate=1.2e-3,
         lora_rate=5e-3,
     ),
     "tiny": Scale(

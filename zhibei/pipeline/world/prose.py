@@ -36,9 +36,8 @@ def about_repetition(random: Random, seen: Seen) -> str | None:
 
     In a short list, guessing among its words costs little; only in a long one does it pay to find the exact place.
     """
-    group = random.choice((MIXED, MIXED + NAMES + NUMBERS))
-    listed = " ".join(random.sample(group, random.randint(MOST_COUNTED + 1, 2 * MOST_COUNTED)))
-    return _document(random, listed, [random.choice((listed, f"Once more: {listed}")) for _ in range(2)])
+    listed = " ".join(random.sample(MIXED + NAMES + NUMBERS, random.randint(MOST_COUNTED + 1, 2 * MOST_COUNTED)))
+    return _document(random, listed, [listed, listed])
 
 
 def about_words(random: Random, seen: Seen) -> str | None:
