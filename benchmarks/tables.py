@@ -102,6 +102,55 @@ def parity_table(records: Sequence[Record]) -> str:
     return markdown(header, rows) + "\n\n" + provenance(records)
 
 
+def prepare_table(records: Sequence[Record]) -> str:
+    """One line per tokenizer and number of worker processes."""
+    rows = [
+        [
+            record["settings"]["tokenizer"],
+            str(record["settings"]["workers"]),
+            f"{record['settings']['rows']:,}",
+            with_spread(record, "seconds", 1),
+            f"{record['rows_per_s']:,}",
+            f"{record['cached_seconds']:.2f}",
+        ]
+        for record in records
+    ]
+    header = ["tokenizer", "workers", "rows", "seconds", "rows per s", "seconds from the cache"]
+    return markdown(header, rows) + "\n\n" + provenance(records)
+
+
+def generate_table(records: Sequence[Record]) -> str:
+    """zhibei and transformers on the same prompts, one thread."""
+    rows = [
+        [
+            f"{record['who']} {record['version']}",
+            str(record["settings"]["batch"]),
+            record["settings"]["ends"],
+            with_spread(record, "useful_tokens_per_s"),
+        ]
+        for record in sorted(records, key=lambda r: (r["settings"]["batch"], r["settings"]["ends"], r["who"]))
+    ]
+    return markdown(["who", "batch", "answers end at", "tok/s"], rows) + "\n\n" + provenance(records)
+
+
+def real_rows_table(records: Sequence[Record]) -> str:
+    """Held-out loss before and after a short run on each kind of rows."""
+    rows = [
+        [
+            record["settings"]["rows"],
+            record["settings"]["template"],
+            record["method"],
+            f"{record['rows_kept']:,} (+{record['rows_dropped']:,} dropped)",
+            f"{record['heldout_loss_before']:.3f}",
+            f"{record['heldout_loss_after']:.3f}",
+            "all passed" if record["proofs_passed"] else "FAILED",
+        ]
+        for record in records
+    ]
+    header = ["rows", "template", "method", "rows kept", "held-out before", "after", "proofs"]
+    return markdown(header, rows) + "\n\n" + provenance(records)
+
+
 def provenance(records: Sequence[Record]) -> str:
     """Where and with what the figures of a table were measured."""
     if not records:
@@ -122,6 +171,9 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "sft-lora": ("sft.json", lambda records: sft_table(records, "lora")),
     "ceiling": ("sft.json", ceiling_table),
     "parity-trainer": ("parity_trainer.json", parity_table),
+    "real-rows": ("real_rows.json", real_rows_table),
+    "prepare": ("prepare.json", prepare_table),
+    "generate-cpu": ("generate_cpu.json", generate_table),
 }
 
 
