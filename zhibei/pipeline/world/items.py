@@ -68,8 +68,8 @@ def conversations(seed: int, count: int, *, most_turns: int = 3) -> Iterator[lis
 
 
 def texts(seed: int, count: int) -> Iterator[str]:
-    """Running text to pre-train on: true statements about training facts, without an instruction. The first third is
-    plain repetition, the rest is about everything."""
+    """Running text to pre-train on: true statements about training facts, without an instruction. The first third only
+    repeats lists and tables, the rest is about everything."""
     random = Random(f"texts {seed}")
     for number in range(count):
         yield _text(random, FIRST_SUBJECTS if number < count // 3 else SUBJECTS)

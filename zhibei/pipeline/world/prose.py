@@ -145,7 +145,7 @@ def _document(random: Random, opening: str, sayings: list[str]) -> str:
     return ". ".join((f"{random.choice(('Here is', 'Look:', 'Now'))} {opening}", *sayings)) + "."
 
 
-FIRST_SUBJECTS: tuple[Subject, ...] = (about_repetition,)
+FIRST_SUBJECTS: tuple[Subject, ...] = (about_repetition, about_repetition, about_repetition, about_tables)
 """What the first texts are about."""
 SUBJECTS: tuple[Subject, ...] = (
     about_repetition,
