@@ -76,6 +76,13 @@ def test_a_head_that_is_not_the_models_own_is_refused(tmp_path):
         check_head(model)
 
 
+def test_sdpa_is_refused_where_it_would_leave_out_the_soft_cap(tmp_path):
+    folder = tiny_model_folder(tmp_path, family="gemma2")
+    with pytest.raises(UserError, match="caps its attention scores"):
+        loaded(folder, packing=False, attention="sdpa")
+    assert loaded(folder, packing=False).inner.config._attn_implementation == "eager"
+
+
 def test_neftune_noise_has_the_size_of_its_formula_by_row_length(tmp_path):
     folder = tiny_model_folder(tmp_path, family="llama")
     model = loaded(folder, neftune_alpha=5.0)

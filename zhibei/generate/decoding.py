@@ -13,6 +13,7 @@ import torch
 from zhibei.generate.draws import uniform
 from zhibei.generate.filters import draw, shape_scores
 from zhibei.generate.options import SamplingOptions
+from zhibei.model.attention import plain_attention
 
 _DRAWS_AHEAD = 64
 # Attention that understands a padding mask and a cache. Anything else was registered for packed training rows.
@@ -150,7 +151,7 @@ def answering(model: Any) -> Iterator[None]:
     must_switch = attention not in _CACHED_ATTENTION
     model.eval()
     if must_switch:
-        inner.set_attn_implementation("sdpa" if inner._supports_sdpa else "eager")
+        inner.set_attn_implementation(plain_attention(inner.config, has_sdpa=inner._supports_sdpa))
     try:
         # Compiled layers would be compiled anew for each length of the cache.
         with torch.compiler.set_stance("force_eager"):

@@ -38,6 +38,13 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
+def plain_attention(config: Any, *, has_sdpa: bool = True) -> str:
+    """transformers' own attention for unpacked batches and sampling. Soft-capped scores need eager: transformers 5.17
+    takes sdpa for them and leaves the cap out, later versions refuse."""
+    has_softcap = config.to_dict().get("attn_logit_softcapping") is not None
+    return "eager" if has_softcap or not has_sdpa else "sdpa"
+
+
 def varlen_is_available(device: torch.device) -> bool:
     """Whether torch's variable-length flash attention runs here: CUDA of compute capability 8.0 or more."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

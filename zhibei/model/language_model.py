@@ -124,7 +124,7 @@ class LanguageModel:
         """The transformers model set up for generation: evaluation mode, its own attention, no compiled layers."""
         was_training, before = self.hf.training, self.inner.config._attn_implementation
         self.hf.eval()
-        self.inner.set_attn_implementation("sdpa" if self.inner._supports_sdpa else "eager")
+        self.inner.set_attn_implementation(attention.plain_attention(self.config, has_sdpa=self.inner._supports_sdpa))
         stance = "force_eager" if any(layer._compiled_call_impl is not None for layer in self.layers()) else "default"
         try:
             with torch.compiler.set_stance(stance):

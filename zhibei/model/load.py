@@ -128,8 +128,7 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
             found.weights,
             config=config,
             dtype=DTYPES[need.precision],
-            # None: the family's own choice (Gemma 2 has no sdpa); ours are put in after loading.
-            attn_implementation=None if attention_name in (*_OURS, "auto") else attention_name,
+            attn_implementation=_their_attention(config, attention_name),
             device_map={"": need.device},
             use_safetensors=True,
             output_loading_info=True,
@@ -145,6 +144,21 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     _check_complete(found.weights, info)
     check_finite(hf, found.weights)
     return hf
+
+
+def _their_attention(config: Any, name: str) -> str | None:
+    """What transformers is told while loading; ours are put in afterwards. None: the family's own choice."""
+    plain = attention.plain_attention(config)
+    if name == "sdpa" and plain != "sdpa":
+        raise UserError(
+            "model.attention: sdpa, but this family caps its attention scores, which sdpa leaves out",
+            expected="eager for this family",
+            fix="set model.attention: auto",
+            where="model.attention",
+        )
+    if name not in (*_OURS, "auto"):
+        return name
+    return plain if plain == "eager" else None
 
 
 _OURS = (attention.VARLEN, attention.DOCUMENTS)
