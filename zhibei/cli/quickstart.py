@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,9 +80,6 @@ def quickstart(
         One JSON document with the scores; nothing else on stdout.
     """
     started = time.monotonic()
-    # Read when torch loads its thread pool. Threads that spin while they wait make a step sixty times slower as soon as
-    # another program wants one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if bool(model) != bool(data):
         raise UserError(
             f"--{'model' if model else 'data'} alone",

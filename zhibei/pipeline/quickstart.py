@@ -42,7 +42,7 @@ SCALES: dict[str, Scale] = {
     "standard": Scale(
         WorldSize(
             num_texts=19_200,
-            num_conversations=40_000,
+            num_conversations=30_400,
             most_turns=2,
             heldout_per_task=100,
             hidden=128,
