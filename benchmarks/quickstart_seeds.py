@@ -44,7 +44,7 @@ def measure(seed: int, method: str) -> Record:
         "who": "zhibei",
         "version": version_of("zhibei"),
         "method": method,
-        "settings": {"seed": seed, "threads": os.environ.get("OMP_NUM_THREADS", "all")},
+        "settings": {"seed": seed},
         "stages": found["stages"],
         "by_task": found["by_task"],
         "paired": found["paired"],

@@ -6,7 +6,8 @@ The stages are ordinary runs: `pretrain.yaml` and `sft.yaml` in the folder can b
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class Scale:
 SCALES: dict[str, Scale] = {
     "standard": Scale(
         WorldSize(
-            num_texts=19_200,
-            num_conversations=30_400,
+            num_texts=16_000,
+            num_conversations=24_000,
             most_turns=2,
             heldout_per_task=100,
             hidden=128,
@@ -82,6 +83,11 @@ def run_world(place: Place, order: Order, *, watch: Watch, started: float) -> Ou
     `started` is the time.monotonic() from which total_seconds counts. Raises what training raises; what is done by
     then is kept, and the same call goes on from there.
     """
+    with _one_thread():
+        return _run_world(place, order, watch=watch, started=started)
+
+
+def _run_world(place: Place, order: Order, *, watch: Watch, started: float) -> Outcome:
     take_place(place, order)
     folder, scale = place.folder.resolve(), SCALES[order.size]
     outcome = Outcome(place.folder)
@@ -115,6 +121,19 @@ def run_world(place: Place, order: Order, *, watch: Watch, started: float) -> Ou
     outcome.summary = summary_of(outcome.stages, seed=order.seed, total_seconds=time.monotonic() - started)
     write_summary(folder, outcome.summary)
     return outcome
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from more threads, and gives the same figures whatever the number of cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pretrain_file(folder: Path, files: WorldFiles, order: Order, scale: Scale) -> Path:
