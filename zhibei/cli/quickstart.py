@@ -191,10 +191,10 @@ class Story:
             console.stderr.print(text)
 
 
-def _example(example: dict[str, str]) -> Text:
+def _example(example: dict[str, Any]) -> Text:
     text = Text(_end_of(example["question"]), style="bold")
     text.append("\n   base:  ", style="dim").append(_short(example["base"]), style="red")
-    is_right = example["expected"] and example["tuned"] == example["expected"]
+    is_right = example.get("tuned_is_right", False)
     text.append("\n   tuned: ", style="dim").append(_short(example["tuned"]), style="green" if is_right else "yellow")
     if example["expected"] and not is_right:
         text.append(f"   (right: {example['expected']})", style="dim")

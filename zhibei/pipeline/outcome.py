@@ -12,12 +12,13 @@ from zhibei.pipeline.summary import Stage
 
 @dataclass
 class Outcome:
-    """`by_task`: task -> questions, base, tuned, low, high. `examples`: question, expected, base, tuned.
+    """`by_task`: task -> questions, base, tuned, low, high. `examples`: question, expected, base,
+    tuned, and tuned_is_right where that is known.
     `paired` compares both models on the same questions, where answers can be checked."""
 
     folder: Path
     stages: list[Stage] = field(default_factory=list)
     by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
-    examples: list[dict[str, str]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
     paired: Paired | None = None
     summary: dict[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
@@ -110,7 +111,7 @@ def _measured(name: str, path: str, heldout: PreparedRows, pad_token: int, *, be
     return Stage(name, "heldout_loss", loss, low, high, time.monotonic() - began)
 
 
-def _examples(run: RunDir) -> list[dict[str, str]]:
+def _examples(run: RunDir) -> list[dict[str, Any]]:
     """The last sample panel of the run: the same prompts to both models."""
     panels = sorted(run.samples.glob("step-*.json"))
     if not panels:

@@ -43,8 +43,8 @@ SCALES: dict[str, Scale] = {
     "standard": Scale(
         WorldSize(
             num_texts=16_000,
-            num_conversations=24_000,
-            most_turns=2,
+            num_conversations=14_400,
+            most_turns=4,
             heldout_per_task=100,
             hidden=128,
             layers=2,
@@ -52,7 +52,7 @@ SCALES: dict[str, Scale] = {
         ),
         pretrain_batch=16,
         pretrain_rate=1.5e-3,
-        sft_batch=16,
+        sft_batch=10,
         sft_rate=1.2e-3,
         lora_rate=5e-3,
     ),
@@ -179,7 +179,12 @@ def _settings(folder: Path, *, name: str, order: Order, model: Path) -> Settings
         "runs": str(folder),
         "seed": order.seed,
         "model": {"path": str(model)},
-        "data": {"template": TEMPLATE, "max_tokens": 128, "packing": False, "workers": 0},
+        "data": {
+            "template": TEMPLATE,
+            "max_tokens": SCALES[order.size].world.context_tokens,
+            "packing": False,
+            "workers": 0,
+        },
         "sft": {
             "epochs": 1,
             "micro_batch_tokens": 8192,
@@ -241,7 +246,7 @@ def _answer_rows(questions: Sequence[Question], base: Answered, tuned: Answered)
     ]
 
 
-def _examples(questions: Sequence[Question], base: Answered, tuned: Answered) -> list[dict[str, str]]:
+def _examples(questions: Sequence[Question], base: Answered, tuned: Answered) -> list[dict[str, Any]]:
     """The first question of each task, whatever the answers."""
     first: dict[str, int] = {}
     for number, question in enumerate(questions):
@@ -252,6 +257,7 @@ def _examples(questions: Sequence[Question], base: Answered, tuned: Answered) ->
             "expected": questions[number].answer,
             "base": base[1][number],
             "tuned": tuned[1][number],
+            "tuned_is_right": tuned[0].right[number],
         }
         for number in first.values()
     ]
