@@ -27,7 +27,8 @@ class WorldSize:
     hidden: int
     layers: int
     heads: int
-    context_tokens: int = 512
+    context_tokens: int = 128
+    """About five turns. What is longer was never seen in training, so chat leaves the oldest turns out instead."""
 
 
 @dataclass(frozen=True)
