@@ -19,7 +19,7 @@ from zhibei.config.errors import UserError
 from zhibei.config.run import DataSection, ModelSection, RunFile
 from zhibei.data import prepared_cache, workers
 from zhibei.data.audit import format_audit
-from zhibei.data.prepare import prepare
+from zhibei.data.prepare import prepare, source_files
 from zhibei.data.prepared import PreparedRows, PreparedSet
 from zhibei.text.families import find_template
 from zhibei.text.jinja import JinjaTemplate
@@ -444,3 +444,17 @@ def test_the_real_alpaca_rows(shared: Callable[..., Path]) -> None:
         assert found.audit["terminators_supervised_share"] == 1.0
         assert found.audit["prompts_compared"]["different"] == 0
         assert found.audit["rows_kept"] + sum(found.audit["dropped"].values()) == found.audit["rows_read"]
+
+
+def test_source_files_are_named_with_the_hash_of_their_content(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "held.json").write_text("[]")
+    data = DataSection(sources=[str(tmp_path / "a.json")], validation=str(tmp_path / "held.json"))
+    assert source_files(data) == [
+        {
+            "path": str(tmp_path / name),
+            "bytes": 2,
+            "sha256": "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
+        }
+        for name in ("a.json", "held.json")
+    ]

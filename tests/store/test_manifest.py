@@ -14,7 +14,6 @@ from zhibei.config.errors import UserError
 from zhibei.store import manifest as manifest_module
 from zhibei.store.manifest import (
     DESCRIBED,
-    data_entries,
     finish_manifest,
     model_fingerprint,
     new_manifest,
@@ -97,14 +96,3 @@ def test_sampled_blocks_cover_both_ends_of_large_files(tmp_path: Path, monkeypat
     monkeypatch.setattr(manifest_module, "NUM_SAMPLES", 4)
     assert manifest_module._sampled_blocks(1000) == [(0, 8), (330, 8), (661, 8), (992, 8)]
     assert model_fingerprint(model_folder(tmp_path / "a")) != model_fingerprint(model_folder(tmp_path / "b", last=2.0))
-
-
-def test_data_entries_hash_the_content(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("[]")
-    assert data_entries([tmp_path / "a.json"]) == [
-        {
-            "path": str(tmp_path / "a.json"),
-            "bytes": 2,
-            "sha256": "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
-        }
-    ]

@@ -1,5 +1,6 @@
 """A supervised run end to end: what it writes, how it resumes, stops and refuses. CPU, tiny models."""
 
+import hashlib
 import json
 import os
 import signal
@@ -59,6 +60,9 @@ def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(tmp_path):
     manifest = json.loads(run_dir.manifest.read_text())
     assert manifest["finished"]["steps"] == 12
     assert manifest["template"]["name"] == "alpaca"
+    rows = tmp_path / "rows.json"
+    sha256 = hashlib.sha256(rows.read_bytes()).hexdigest()
+    assert manifest["data"] == [{"path": str(rows), "bytes": rows.stat().st_size, "sha256": sha256}]
 
 
 @pytest.mark.parametrize("settings", [[], ["model.method=lora", "lora.dropout=0.1"], ["sft.neftune_alpha=5"]])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from zhibei.config.errors import UserError
-from zhibei.config.run import DataSection, RunFile
+from zhibei.config.run import DataSection, RunFile, Source
 from zhibei.data.audit import audit_rows, require_trainable
 from zhibei.data.encode import Chunk, Wording, join_chunks, ledger_entry
 from zhibei.data.mix import split_heldout
@@ -99,11 +99,21 @@ def wording_of(data: DataSection, tokenizer: Tokenizer, template: Template) -> W
     )
 
 
+def source_files(data: DataSection) -> list[dict[str, Any]]:
+    """Path, size and content hash of every file the rows come from, for the manifest; known hashes are used again."""
+    hashes = FileHashes(cache_root(data.cache))
+    files = [path for source in _all_sources(data) for path, _ in files_of(source)]
+    return [{"path": str(path.resolve()), "bytes": path.stat().st_size, "sha256": hashes.of(path)} for path in files]
+
+
+def _all_sources(data: DataSection) -> list[Source]:
+    held = [data.validation] if isinstance(data.validation, str) else []
+    return [as_source(source) for source in (*data.sources, *held)]
+
+
 def _key_facts(data: DataSection, wording: Wording, *, hashes: FileHashes) -> dict[str, Any]:
     """Everything that decides the rows, as JSON."""
-    sources = [as_source(source) for source in data.sources]
-    held = [as_source(data.validation)] if isinstance(data.validation, str) else []
-    files = [[hashes.of(path) for path, _ in files_of(source)] for source in (*sources, *held)]
+    files = [[hashes.of(path) for path, _ in files_of(source)] for source in _all_sources(data)]
     hashes.keep()
     return {
         "version": PREPARE_VERSION,
@@ -114,7 +124,7 @@ def _key_facts(data: DataSection, wording: Wording, *, hashes: FileHashes) -> di
             "jinja": wording.template.as_jinja(),
             "probes": [_probe(wording.template, probe) for probe in PROBES],
         },
-        "sources": [source.model_dump(mode="json") for source in sources],
+        "sources": [as_source(source).model_dump(mode="json") for source in data.sources],
         "files": files,
         "masking": data.model_dump(
             mode="json",

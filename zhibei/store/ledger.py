@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from zhibei.config.errors import UserError
-from zhibei.store.files import disk_error
-
-MAX_EXCERPT_CHARACTERS = 200
+from zhibei.store.files import write_text_atomic
 
 
-class Ledger:
-    """Appends entries to ledger.jsonl and counts them by reason; earlier entries are never touched."""
-
-    def __init__(self, path: Path) -> None:
-        self.counts: Counter[str] = Counter()
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair has no UTF-8 spelling; as `\ud800` it is proper JSON.
-        self._file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 closed by close()
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def write(
-        self,
-        source: str,
-        *,
-        reason: str,
-        record: int | None = None,
-        line: int | None = None,
-        field: str | None = None,
-        excerpt: str = "",
-    ) -> None:
-        """One row: its file, its number in the file (from 0), its line (from 1), the field, why, and how it begins."""
-        if len(excerpt) > MAX_EXCERPT_CHARACTERS:
-            excerpt = excerpt[: MAX_EXCERPT_CHARACTERS - 1] + "…"
-        entry = {"source": source, "record": record, "line": line, "field": field, "reason": reason, "excerpt": excerpt}
-        try:
-            self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        except OSError as problem:
-            raise disk_error(problem, purpose="the ledger of dropped rows", where=self._path) from problem
-        self.counts[reason] += 1
-
-    def close(self) -> None:
-        """Flush and close; a second call does nothing."""
-        try:
-            self._file.close()
-        except OSError as problem:
-            raise disk_error(problem, purpose="the ledger of dropped rows", where=self._path) from problem
+def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write all entries, one JSON object per line; the file is the old one or the new one at every moment."""
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    # Half a surrogate pair has no UTF-8 spelling; as `\ud800` it is proper JSON.
+    write_text_atomic(path, text.encode("utf-8", errors="backslashreplace").decode("utf-8"))
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

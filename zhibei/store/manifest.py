@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import platform
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,6 @@ def now() -> str:
 def template_entry(name: str, *, jinja: str) -> dict[str, str]:
     """How a template is named in a manifest: by name, by its text, and by the hash of its text."""
     return {"name": name, "jinja": jinja, "sha256": sha256_of_text(jinja)}
-
-
-def data_entries(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Path, size and content hash of each source file."""
-    return [{"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths]
 
 
 def model_fingerprint(folder: Path) -> str:

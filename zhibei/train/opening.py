@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.resolve import write_resolved
+from zhibei.data.prepare import source_files
 from zhibei.data.preview import preview_rows
 from zhibei.model.locate import Located, locate
 from zhibei.store.checkpoint import check_checkpoint, newest_sound
 from zhibei.store.files import write_json_atomic, write_text_atomic
 from zhibei.store.folders import clean_left_overs
+from zhibei.store.ledger import write_ledger
 from zhibei.store.manifest import model_fingerprint, new_manifest, require_manifest, template_entry, write_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
@@ -57,8 +58,7 @@ def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any])
     write_resolved(materials.resolved, run_dir.resolved)
     previews = preview_rows(materials.rows.train, materials.tokenizer)
     write_json_atomic(run_dir.audit, {**materials.rows.audit, "previews": previews})
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in materials.rows.ledger]
-    write_text_atomic(run_dir.ledger, "".join(lines))
+    write_ledger(run_dir.ledger, materials.rows.ledger)
     write_manifest(run_dir.path, manifest)
     return Progress(run_id=manifest["run_id"], key=materials.rows.key)
 
@@ -74,7 +74,7 @@ def describe(materials: Materials) -> dict[str, Any]:
         "special_ids": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id},
         "supervise": run.data.supervise,
         "max_tokens": run.data.max_tokens,
-        "data": materials.rows.audit["sources"],
+        "data": source_files(run.data),
         "prepared_key": materials.rows.key,
         "global_batch": run.sft.global_batch,
         "seed": run.seed,
