@@ -122,10 +122,11 @@ class Batches:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The step's rows as forward passes within the token budget."""
-        numbers = self.rows_of_step(step)
-        split = split_packed if self.plan.packing else split_padded
+        return self._passes(self.rows_of_step(step))
+
+    def _passes(self, numbers: np.ndarray) -> list[Batch]:
+        split, collate = (split_packed, collate_packed) if self.plan.packing else (split_padded, collate_padded)
         groups = split(self._lengths[numbers], self.plan.micro_batch_tokens)
-        collate = collate_packed if self.plan.packing else collate_padded
         return [collate(self.rows, numbers[group], self.plan) for group in groups]
 
     def steps(self, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
@@ -140,12 +141,9 @@ class Batches:
 
     def all_rows(self, limit: int | None = None) -> Iterator[Batch]:
         """Every row once, in file order, for held-out evaluation."""
-        for start in range(0, min(len(self.rows), limit or len(self.rows)), self.plan.global_batch):
-            numbers = np.arange(start, min(start + self.plan.global_batch, len(self.rows), limit or len(self.rows)))
-            split = split_packed if self.plan.packing else split_padded
-            collate = collate_packed if self.plan.packing else collate_padded
-            for group in split(self._lengths[numbers], self.plan.micro_batch_tokens):
-                yield collate(self.rows, numbers[group], self.plan)
+        end = min(len(self.rows), limit or len(self.rows))
+        for start in range(0, end, self.plan.global_batch):
+            yield from self._passes(np.arange(start, min(start + self.plan.global_batch, end)))
 
 
 def epoch_order(lengths: np.ndarray, plan: BatchPlan, epoch: int) -> np.ndarray:

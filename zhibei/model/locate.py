@@ -11,6 +11,7 @@ from pathlib import Path
 from zhibei.config.errors import UserError
 from zhibei.store.pipeline_dir import final_run
 from zhibei.store.run_dir import RunDir
+from zhibei.text.tokenizer import looks_local
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -32,9 +33,7 @@ def locate(path: str, *, base: str | None = None) -> Located:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        # `runs/typo` is no hub id where a folder `runs` lies here: a hub look-up would only hide the misspelling.
-        is_below_a_folder_here = folder.parent != Path(".") and folder.parent.is_dir()
-        if HUB_ID.fullmatch(path) and not path.startswith((".", "/", "~")) and not is_below_a_folder_here:
+        if HUB_ID.fullmatch(path) and not looks_local(path):
             return Located(path)
         near = _near(folder)
         raise UserError(

@@ -195,12 +195,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def looks_local(path: str) -> bool:
+    """Whether a path with nothing behind it was meant for this machine and not for the hub.
+
+    `runs/typo` is no hub id where a folder `runs` lies here: a hub look-up would only hide the misspelling.
+    """
+    parent = Path(path).expanduser().parent
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path(".") and parent.is_dir())
+
+
 def _find_folder(path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.exists():
-        is_below_a_folder_here = folder.parent != Path(".") and folder.parent.is_dir()
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or is_below_a_folder_here
-        if looks_local:
+        if looks_local(path):
             raise UserError(
                 "this folder does not exist",
                 expected="a Hugging Face folder, a run directory, or a hub id such as org/name",

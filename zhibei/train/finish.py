@@ -19,7 +19,7 @@ from zhibei.store.folders import whole_folder
 from zhibei.store.manifest import finish_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
-from zhibei.train.materials import Materials
+from zhibei.train.materials import Materials, tokenizer_place
 from zhibei.train.opening import checkpoint_path
 from zhibei.train.record import Recorder
 from zhibei.train.resume import Progress, load_weights
@@ -79,9 +79,8 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
 
 def write_tokenizer(materials: Materials, folder: Path) -> None:
     """The tokenizer as transformers saves it, with the template this run trained on as its chat template."""
-    tokenizer = load_hugging_face_tokenizer(
-        materials.tokenizer.source, trust_remote_code=materials.run.model.trust_remote_code
-    )
+    path, options = tokenizer_place(materials.run)
+    tokenizer = load_hugging_face_tokenizer(path, **options)
     tokenizer.chat_template = materials.template.as_jinja()
     tokenizer.save_pretrained(str(folder))
 

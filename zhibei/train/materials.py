@@ -35,8 +35,8 @@ GPU_PAD_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Materials:
-    """Everything but the loop. `resolved` has the planned values filled in."""
+class Ready:
+    """What can be had without weights. `resolved` has the planned values filled in."""
 
     resolved: ResolvedRun
     device: torch.device
@@ -46,11 +46,16 @@ class Materials:
     rows: PreparedSet
     batches: Batches
     heldout: Batches | None
+
+
+@dataclass(frozen=True)
+class Materials(Ready):
+    """Everything but the loop."""
+
     model: LanguageModel
     stepper: Stepper
     plain_loss_sum: LossSum
     """Without label smoothing and z-loss: what held-out figures and perplexity mean."""
-
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,6 +73,30 @@ def gather(
 
     Raises UserError for whatever is wrong with the run file, rows, tokenizer, model or device.
     """
+    ready = read_rows(resolved, on_rows=on_rows, on_audit=on_audit)
+    run, device = ready.resolved.run, ready.device
+    torch.manual_seed(run.seed)
+    need = Need(
+        device=device,
+        precision=ready.precision,
+        packing=run.data.packing,
+        longest_row=run.data.max_tokens,
+        seed=run.seed,
+        neftune_alpha=run.sft.neftune_alpha,
+    )
+    model = load_for_training(run.model, run.lora, need)
+    check_vocabulary(model, ready.tokenizer)
+    stepper, plain_loss_sum = make_stepper(run, model)
+    return Materials(**vars(ready), model=model, stepper=stepper, plain_loss_sum=plain_loss_sum, notes=resolved.notes)
+
+
+def read_rows(
+    resolved: ResolvedRun,
+    *,
+    on_rows: Callable[[int, str], None] | None = None,
+    on_audit: Callable[[PreparedSet], None] | None = None,
+) -> Ready:
+    """Everything that needs no weights: device, tokenizer, template, audited rows, batches, planned values."""
     run = resolved.run
     device = choose_device(run.device)
     precision = choose_precision(run.model.precision, device)
@@ -77,22 +106,9 @@ def gather(
     if on_audit is not None:
         on_audit(rows)
     batches, heldout = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
-    resolved = with_planned(resolved, {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)})
-    run = resolved.run
-    torch.manual_seed(run.seed)
-    need = Need(
-        device=device,
-        precision=precision,
-        packing=run.data.packing,
-        longest_row=run.data.max_tokens,
-        seed=run.seed,
-        neftune_alpha=run.sft.neftune_alpha,
-    )
-    model = load_for_training(run.model, run.lora, need)
-    check_vocabulary(model, tokenizer)
-    stepper, plain_loss_sum = make_stepper(run, model)
-    return Materials(
-        resolved=resolved,
+    planned = {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)}
+    return Ready(
+        resolved=with_planned(resolved, planned),
         device=device,
         precision=precision,
         tokenizer=tokenizer,
@@ -100,10 +116,6 @@ def gather(
         rows=rows,
         batches=batches,
         heldout=heldout,
-        model=model,
-        stepper=stepper,
-        plain_loss_sum=plain_loss_sum,
-        notes=resolved.notes,
     )
 
 
@@ -122,18 +134,13 @@ def plan_without_model(
     resolved: ResolvedRun, *, on_rows: Callable[[int, str], None] | None = None
 ) -> tuple[PreparedSet, dict[str, Any]]:
     """The audited rows and what would be trained on them; no weights are loaded and no run directory is made."""
-    run = resolved.run
-    device = choose_device(run.device)
-    precision = choose_precision(run.model.precision, device)
-    tokenizer = load_run_tokenizer(run)
-    rows = prepare(run, tokenizer, find_template(run.data.template, tokenizer), progress=on_rows)
-    batches, _ = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
-    run = with_planned(resolved, plan_intervals(run, num_steps=batches.num_steps)).run
+    ready = read_rows(resolved, on_rows=on_rows)
+    run, rows, batches = ready.resolved.run, ready.rows, ready.batches
     return rows, {
         "run_directory": str(run_dir_of(run).path),
         "model": run.model.path,
         "method": run.model.method,
-        "precision": f"{precision} on {device}",
+        "precision": f"{ready.precision} on {ready.device}",
         "template": rows.template,
         "training_rows": len(rows.train),
         "held_out_rows": len(rows.heldout),
@@ -148,13 +155,18 @@ def plan_without_model(
 
 def load_run_tokenizer(run: RunFile) -> Tokenizer:
     """The tokenizer the run file names, else the one beside the model (for an adapter: its own, else its base's)."""
+    path, options = tokenizer_place(run)
+    return load_tokenizer(path, **options)
+
+
+def tokenizer_place(run: RunFile) -> tuple[str, dict[str, Any]]:
+    """Path and loading options of the run's tokenizer; training reads it from there and saves it from there."""
+    trust = {"trust_remote_code": run.model.trust_remote_code}
     if run.model.tokenizer is not None:
-        return load_tokenizer(run.model.tokenizer, trust_remote_code=run.model.trust_remote_code)
+        return run.model.tokenizer, trust
     found = locate(run.model.path)
     own = found.adapter if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file() else None
-    return load_tokenizer(
-        str(own or found.weights), revision=run.model.revision, trust_remote_code=run.model.trust_remote_code
-    )
+    return str(own or found.weights), {"revision": run.model.revision, **trust}
 
 
 def _named(rows: PreparedSet, run: RunFile) -> dict[str, Any]:
