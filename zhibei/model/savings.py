@@ -22,13 +22,13 @@ def checkpoint_activations(model: LanguageModel, how: str, *, compiled: bool = F
     none: keep all. selective: keep the results of matrix products and attention, recompute what is cheap (norms,
     rotations, gates). full: keep only each layer's input, recompute the layer (about a third more work).
     """
-    if how == "none":
-        return
-    if how == "selective" and compiled:
+    if compiled:
         # The compiler's own partitioner decides what to keep; a checkpoint around compiled code could not look inside.
+        # The setting is the process's: a later run must not inherit it.
         import torch._functorch.config
 
-        torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET
+        torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET if how == "selective" else 1.0
+    if how == "none" or (how == "selective" and compiled):
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
