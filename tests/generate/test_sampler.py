@@ -11,11 +11,11 @@ import torch
 
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from zhibei.config.errors import UserError
-from zhibei.generate.decoding import answering
 from zhibei.generate.draws import uniform
 from zhibei.generate.filters import draw, shape_scores
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.sampler import _STEPS_BETWEEN_LOOKS, Answer, generate, stream
+from zhibei.model.answering import answering
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = SamplingOptions(max_new_tokens=24, temperature=0)

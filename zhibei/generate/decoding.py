@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch
 from zhibei.generate.draws import uniform
 from zhibei.generate.filters import draw, shape_scores
 from zhibei.generate.options import SamplingOptions
-from zhibei.model.attention import plain_attention
+from zhibei.model.answering import plain_model
 
 _DRAWS_AHEAD = 64
-# Attention that understands a padding mask and a cache. Anything else was registered for packed training rows.
-_CACHED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -132,32 +129,6 @@ def _of(scores_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
     return scores_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1)
 
 
-def plain_model(model: Any) -> Any:
-    """The transformers model itself, without the wrapper of PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def context_tokens(model: Any) -> int | None:
     """How many tokens the model was made for (`max_position_embeddings`), or None when it states no limit."""
     return getattr(plain_model(model).config.get_text_config(), "max_position_embeddings", None)
-
-
-@contextmanager
-def answering(model: Any) -> Iterator[None]:
-    """The model as it must be while it answers (no dropout, attention with a cache); afterwards as it was before."""
-    in_training = [module for module in model.modules() if module.training]
-    inner = plain_model(model)
-    attention = inner.config._attn_implementation
-    must_switch = attention not in _CACHED_ATTENTION
-    model.eval()
-    if must_switch:
-        inner.set_attn_implementation(plain_attention(inner.config, has_sdpa=inner._supports_sdpa))
-    try:
-        # Compiled layers would be compiled anew for each length of the cache.
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in in_training:
-            module.training = True
-        if must_switch:
-            inner.set_attn_implementation(attention)

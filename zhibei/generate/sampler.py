@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.generate.decoding import Decoding, Drawn, answering, context_tokens
+from zhibei.generate.decoding import Decoding, Drawn, context_tokens
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.stops import Decode, TextTail
+from zhibei.model.answering import answering
 
 # On a GPU, looking at tokens waits for the device; rows that have ended run on for a few steps instead.
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}

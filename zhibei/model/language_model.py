@@ -14,6 +14,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.model import attention
+from zhibei.model.answering import answering, plain_model
 
 
 class BatchLike(Protocol):
@@ -48,7 +49,7 @@ class LanguageModel:
 
     def __init__(self, hf: Any, *, attention_name: str, longest_row: int, neftune_alpha: float = 0.0) -> None:
         self.hf = hf
-        self.inner = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+        self.inner = plain_model(hf)
         self.body = self.inner.base_model
         self.head = self.inner.get_output_embeddings()
         if self.head is None:
@@ -122,16 +123,8 @@ class LanguageModel:
     @contextmanager
     def sampling(self) -> Iterator[Any]:
         """The transformers model set up for generation: evaluation mode, its own attention, no compiled layers."""
-        was_training, before = self.hf.training, self.inner.config._attn_implementation
-        self.hf.eval()
-        self.inner.set_attn_implementation(attention.plain_attention(self.config, has_sdpa=self.inner._supports_sdpa))
-        stance = "force_eager" if any(layer._compiled_call_impl is not None for layer in self.layers()) else "default"
-        try:
-            with torch.compiler.set_stance(stance):
-                yield self.hf
-        finally:
-            self.inner.set_attn_implementation(before)
-            self.hf.train(was_training)
+        with answering(self.hf):
+            yield self.hf
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

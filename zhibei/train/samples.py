@@ -32,15 +32,14 @@ class Panel:
 
     def answers(self, model: LanguageModel) -> list[str]:
         """Greedy answers; the model's state and the global random state are left as they were."""
-        with model.sampling() as hf:
-            found = generate(
-                hf,
-                self.prompts,
-                options=self.options,
-                stop_ids=self.stop_ids,
-                pad_id=self.tokenizer.pad_id,
-                decode=self.tokenizer.decode,
-            )
+        found = generate(
+            model.hf,
+            self.prompts,
+            options=self.options,
+            stop_ids=self.stop_ids,
+            pad_id=self.tokenizer.pad_id,
+            decode=self.tokenizer.decode,
+        )
         return [self.tokenizer.decode(answer.content_tokens, skip_special_tokens=True).strip() for answer in found]
 
 

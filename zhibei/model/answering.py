@@ -1,0 +1,40 @@
+"""A transformers model set up to answer, and put back afterwards. Knows modules and attention, not tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from zhibei.model.attention import plain_attention
+
+# Attention that understands a padding mask and a cache. Anything else was registered for packed training rows.
+_CACHED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def plain_model(model: Any) -> Any:
+    """The transformers model itself, without the wrapper of PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """The model as it must be while it answers (no dropout, attention with a cache); afterwards as it was before."""
+    in_training = [module for module in model.modules() if module.training]
+    inner = plain_model(model)
+    attention = inner.config._attn_implementation
+    must_switch = attention not in _CACHED_ATTENTION
+    model.eval()
+    if must_switch:
+        inner.set_attn_implementation(plain_attention(inner.config, has_sdpa=inner._supports_sdpa))
+    try:
+        # Compiled layers would be compiled anew for each length of the cache.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in in_training:
+            module.training = True
+        if must_switch:
+            inner.set_attn_implementation(attention)
