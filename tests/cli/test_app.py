@@ -194,3 +194,15 @@ def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m zhibei config --schema | head -c 10"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_whose_reader_has_gone_still_gives_its_exit_code():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zhibei", "train", "no-such-file.yaml", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait() == 2

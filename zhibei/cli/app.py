@@ -100,7 +100,7 @@ def run_command(arguments: Sequence[str]) -> int:
         console.stderr.print("interrupted")
         return INTERRUPTED_AND_SAVED
     except BrokenPipeError:  # the reader of a pipe has gone (| head): no fault of anyone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.drop_stdout()
         return DONE
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -26,10 +27,23 @@ def emit(value: Any, as_json: bool = False) -> None:
         stdout.print(value)
 
 
+def emit_error(fields: dict[str, Any]) -> None:
+    """An error as the one JSON document; where nobody reads any more, the exit code alone must tell."""
+    try:
+        emit({"error": fields}, as_json=True)
+    except BrokenPipeError:
+        drop_stdout()
+
+
+def drop_stdout() -> None:
+    """Send what is still to come nowhere, after the reader of a pipe has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def report_error(error: UserError, as_json: bool = False) -> int:
     """Show what only the user can put right; the exit code to leave with."""
     if as_json:
-        emit({"error": {**error.as_dict(), "exit_code": error.exit_code}}, as_json=True)
+        emit_error({**error.as_dict(), "exit_code": error.exit_code})
     else:
         stderr.print(error_text(error))
     return error.exit_code
@@ -58,7 +72,7 @@ def report_defect(error: BaseException, *, debug: bool, as_json: bool = False) -
         file.write(trace)
     summary = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     if as_json:
-        emit({"error": {"what": summary, "traceback": file.name, "exit_code": OUR_FAULT}}, as_json=True)
+        emit_error({"what": summary, "traceback": file.name, "exit_code": OUR_FAULT})
     else:
         text = Text("This is our fault, not yours: ", style="bold red").append(summary, style="not bold")
         text.append("\n  details:  ", style="dim").append(file.name)
