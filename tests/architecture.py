@@ -31,6 +31,8 @@ THIRD_PARTY: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"numpy", "torch"}, {"pyarrow", "huggingface_hub"}),
     "model": ({"torch", "transformers"}, {"peft"}),
     "losses": ({"torch"}, set()),
+    "plan": (set(), set()),
+    "doctor": ({"numpy"}, {"torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "safetensors"}),
     "generate": ({"torch"}, {"transformers"}),
     "train": ({"torch"}, {"bitsandbytes"}),
     "evaluate": ({"numpy", "torch"}, set()),

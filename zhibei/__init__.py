@@ -3,9 +3,10 @@
 A folder imports only folders on lower lines, and folders on one line do not know one another:
 
     cli   pipeline                          what the user types
+    doctor                                  what could go wrong, and the proof that it will not
     train | evaluate | serve | report       stages; they do not know one another
     generate                                sampling
-    data | model | losses                   materials; independent of one another
+    data | model | losses | plan            materials; independent of one another
     text | store                            words <-> token ids; what lies on disk
     config                                  what was asked for
 

@@ -188,6 +188,41 @@ class SftSection(TrainingSection):
     """Weight of (log Z)^2, which keeps logits from drifting; 1e-4 is common, 0 off."""
 
 
+class RewardSection(TrainingSection):
+    """A reward model: one score per answer, learned from pairs of answers (stage: reward)."""
+
+
+class DpoSection(TrainingSection):
+    """Learning from pairs of answers without a reward model (stage: dpo)."""
+
+    reference: Literal["auto", "adapters_off", "copy"] = "auto"
+    """Where the reference log-probabilities come from: the same weights with adapters off, or a frozen copy of the
+    model. auto: adapters off where there are adapters and nothing else learns, else a copy."""
+
+
+class PpoSection(TrainingSection):
+    """Proximal policy optimisation against a reward (arXiv:1707.06347, arXiv:2203.02155; stage: ppo)."""
+
+    models: Literal["shared", "separate"] = "shared"
+    """shared: policy, critic and reward are adapters with heads on one frozen base, and the reference is the base with
+    adapters off. separate: four models."""
+    reward_model: str | None = None
+    """A run directory of stage reward, or a folder with a reward model."""
+    rollout_batch: Positive = 32
+    """Answers generated at the same time on one GPU."""
+    max_new_tokens: Positive = 128
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling and of the log-probabilities alike."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens only; 0 is off. Anything but pure sampling biases the ratio."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens of this total probability only; 1 is off."""
+
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+
+
 class LogSection(Section):
     """Where the figures of a run go. metrics.jsonl is always written."""
 
@@ -210,11 +245,25 @@ class RunFile(Section):
     """Seed of row order, dropout, adapters and samples."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1."""
+    stage: Literal["sft", "reward", "dpo", "ppo"] = "sft"
+    """What this run does; the section of the same name says how, and the sections of the others must be absent."""
+    rehearse: Literal["auto", "always", "never"] = "auto"
+    """Two real steps, a save and a reload before the run (`zhibei rehearse`). auto: on a GPU."""
+    accept: list[str] = []
+    """Findings of `zhibei check` that are known and wanted, by the ids it prints; they no longer stop the run."""
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
     sft: SftSection = SftSection()
+    reward: RewardSection = RewardSection()
+    dpo: DpoSection = DpoSection()
+    ppo: PpoSection = PpoSection()
     log: LogSection = LogSection()
+
+    @property
+    def training(self) -> TrainingSection:
+        """The section of this run's stage."""
+        return getattr(self, self.stage)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunFile:

@@ -1,0 +1,1 @@
+"""What could go wrong, found before it costs a run, and the proof that it will not."""

@@ -1,0 +1,48 @@
+"""Everything that is known about a run before it starts, as one frozen value. Checks are pure functions of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from zhibei.config.errors import UserError
+from zhibei.config.resolve import ResolvedRun
+from zhibei.config.run import RunFile
+from zhibei.doctor.facts.environment import EnvironmentFacts
+from zhibei.doctor.facts.model import AdapterFacts, ModelFacts
+from zhibei.doctor.facts.output import OutputFacts
+from zhibei.doctor.facts.rows import PairFacts, RowFacts
+from zhibei.doctor.facts.text import TemplateFacts, TokenizerFacts
+from zhibei.plan.machines import Machine
+
+if TYPE_CHECKING:
+    from zhibei.plan.memory import MemoryPlan
+
+
+@dataclass(frozen=True)
+class Facts:
+    """None means: not known (it could not be read, and `faults` says why, or it does not belong to this run)."""
+
+    machine: Machine
+    environment: EnvironmentFacts = field(default_factory=EnvironmentFacts)
+    resolved: ResolvedRun | None = None
+    model: ModelFacts | None = None
+    adapter: AdapterFacts | None = None
+    tokenizer: TokenizerFacts | None = None
+    template: TemplateFacts | None = None
+    rows: RowFacts | None = None
+    pairs: PairFacts | None = None
+    output: OutputFacts | None = None
+    plan: MemoryPlan | None = None
+    faults: tuple[UserError, ...] = ()
+    """What reading refused; each is a finding of its own."""
+
+    @property
+    def run(self) -> RunFile:
+        """The run file; ask only where `resolved` is known."""
+        assert self.resolved is not None
+        return self.resolved.run
+
+    def origin(self, key: str) -> str:
+        """Where a value of the run file was set: `run.yaml:12`, `command line`, `recipe alpaca-7b` or `default`."""
+        return self.resolved.origins.get(key, "default") if self.resolved else "default"
