@@ -234,6 +234,38 @@ class LogSection(Section):
     """Project name for Weights & Biases (pip install wandb); off by default."""
 
 
+Answer = Literal["off", "warn", "save", "stop"]
+
+
+class WatchSection(Section):
+    """What is done when a run goes wrong on the way. off: not looked at. warn: said and recorded. save: also a
+    checkpoint at once. stop: a checkpoint if the weights are still worth one, then exit code 3 with the evidence.
+    Loss, gradients or weights that are not finite always stop."""
+
+    exploding_loss: Answer = "stop"
+    """The training loss stays far above the lowest level it had reached."""
+    pinned_loss: Answer = "stop"
+    """The training loss stays at ln(vocabulary), the loss of guessing."""
+    dead_gradient: Answer = "stop"
+    """A parameter that should learn has had no gradient, or a gradient of exactly zero, in every step so far."""
+    unchanged_weights: Answer = "stop"
+    """Steps were taken and not one weight is different."""
+    skipped_steps: Answer = "stop"
+    """fp16: more than 8 steps in a row, or more than 5 % of all, were skipped because gradients overflowed."""
+    heldout_diverging: Answer = "warn"
+    """The held-out loss rises from evaluation to evaluation while the training loss falls, or is far above its best."""
+    loss_spike: Answer = "warn"
+    """One step with a loss and a gradient far outside of what the last hundred steps had."""
+    stalled_data: Answer = "warn"
+    """More time goes into waiting for rows than into steps."""
+    memory_growth: Answer = "warn"
+    """Memory of the GPU or of the process grows steadily."""
+    slow_rank: Answer = "warn"
+    """One rank is much slower than the others, so all wait for it."""
+    disk_filling: Answer = "warn"
+    """The disk has no room for the next checkpoint and the finished model."""
+
+
 class RunFile(Section):
     """One file for the whole path; each stage reads its own section."""
 
@@ -259,6 +291,7 @@ class RunFile(Section):
     dpo: DpoSection = DpoSection()
     ppo: PpoSection = PpoSection()
     log: LogSection = LogSection()
+    watch: WatchSection = WatchSection()
 
     @property
     def training(self) -> TrainingSection:
