@@ -21,8 +21,8 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.store.files import read_json, sha256_of, sha256_of_text, write_json_atomic
+from zhibei.store.headers import read_header
 from zhibei.store.run_dir import RunDir
-from zhibei.store.shards import read_header
 
 MANIFEST_FORMAT = 1
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")

@@ -11,10 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
-from zhibei.store.shards import TensorEntry
+from zhibei.store.headers import TensorEntry
 from zhibei.store.weights import FileFindings, inspect_json, inspect_weight_files
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -189,6 +186,9 @@ def untrained_notes(entries: Mapping[str, TensorEntry], paths: list[Path]) -> li
     names = [name for name in entries if ".lora_B." in name]
     if not names:
         return []
+    import torch
+    from safetensors import safe_open
+
     for path in paths:
         if path.suffix != ".safetensors":
             continue

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from zhibei.config.errors import UserError
 from zhibei.store.files import HashedFile, write_json_atomic
+from zhibei.store.headers import TensorEntry, read_header
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -65,26 +65,6 @@ class WrittenFile:
     num_bytes: int
     sha256: str
     tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One line of a safetensors header. start and end count from the first byte of the data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """The head of one safetensors file; `file_bytes` is the size it promises."""
-
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-    data_start: int
-    file_bytes: int
 
 
 @dataclass(frozen=True)
@@ -222,44 +202,6 @@ def host_bytes(name: str, tensor: Writable) -> memoryview:
         )
     flat = value.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def read_header(path: Path) -> Header:
-    """Read and check the head of a safetensors file without touching its data; UserError when it is not sound."""
-
-    def broken(what: str) -> UserError:
-        return UserError(
-            what,
-            expected="a complete safetensors file",
-            fix="the file was cut or damaged; use an older checkpoint or fetch it again",
-            where=str(path),
-        )
-
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise broken(f"only {len(prefix)} bytes long")
-        (header_bytes,) = struct.unpack("<Q", prefix)
-        if header_bytes > MAX_HEADER_BYTES:
-            raise broken(f"header of {header_bytes:,} bytes announced; this is no safetensors file")
-        text = file.read(header_bytes)
-    if len(text) < header_bytes:
-        raise broken(f"header truncated to {len(text):,} of {header_bytes:,} bytes")
-    try:
-        content = json.loads(text)
-        metadata = content.pop("__metadata__", {})
-        entries = {
-            name: TensorEntry(item["dtype"], tuple(item["shape"]), *item["data_offsets"])
-            for name, item in content.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise broken(f"header is not readable: {problem}") from problem
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start != end or entry.end < entry.start:
-            raise broken(f"tensor {name} starts at byte {entry.start} of the data instead of {end}")
-        end = entry.end
-    return Header(entries, metadata, 8 + header_bytes, 8 + header_bytes + end)
 
 
 class TensorFolder(Mapping[str, torch.Tensor]):

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from zhibei.config.errors import UserError
 from zhibei.store.files import read_json
-from zhibei.store.shards import DTYPES, TensorEntry, read_header
+from zhibei.store.headers import ITEM_BYTES, TensorEntry, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK_ITEMS = 2**24
 
@@ -52,8 +52,8 @@ def inspect_weights(path: Path, *, is_finite_checked: bool = True) -> tuple[File
         findings.problems.append(f"{what} {findings.num_bytes:,} of {header.file_bytes:,} bytes")
         return findings, header.entries
     for name, entry in header.entries.items():
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is not None and math.prod(entry.shape) * dtype.itemsize != entry.end - entry.start:
+        item_bytes = ITEM_BYTES.get(entry.dtype)
+        if item_bytes is not None and math.prod(entry.shape) * item_bytes != entry.end - entry.start:
             findings.problems.append(f"tensor {name}: {entry.end - entry.start} bytes for shape {list(entry.shape)}")
     if is_finite_checked and not findings.problems:
         findings.problems += not_finite(path, header.entries)
@@ -62,6 +62,11 @@ def inspect_weights(path: Path, *, is_finite_checked: bool = True) -> tuple[File
 
 def not_finite(path: Path, entries: Mapping[str, TensorEntry]) -> list[str]:
     """One line for each tensor that holds NaN or infinity, with how many."""
+    # Imported here: sizes, names and the index are checked without torch.
+    from safetensors import SafetensorError, safe_open
+
+    from zhibei.store.shards import DTYPES
+
     problems = []
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -79,6 +84,8 @@ def not_finite(path: Path, entries: Mapping[str, TensorEntry]) -> list[str]:
 
 
 def _count_not_finite(tensor: torch.Tensor) -> tuple[int, int]:
+    import torch
+
     num_nan = num_infinite = 0
     for block in tensor.reshape(-1).split(CHUNK_ITEMS):
         if block.dtype.itemsize == 1:  # float8 has few operations of its own
@@ -97,15 +104,18 @@ class WeightsFindings:
     entries: dict[str, TensorEntry]
 
 
-def inspect_weight_files(folder: Path, *, stem: str) -> WeightsFindings:
-    """Check `<stem>.safetensors`, or its shards against their index: every tensor once, where the index says."""
+def inspect_weight_files(folder: Path, *, stem: str, is_finite_checked: bool = True) -> WeightsFindings:
+    """Check `<stem>.safetensors`, or its shards against their index: every tensor once, where the index says.
+
+    Without `is_finite_checked` only heads, sizes and the index are read, and torch is not imported.
+    """
     index_path = folder / f"{stem}.safetensors.index.json"
     paths = sorted([*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")])
     files: list[FileFindings] = []
     holders: dict[str, str] = {}
     entries: dict[str, TensorEntry] = {}
     for path in paths:
-        findings, found = inspect_weights(path)
+        findings, found = inspect_weights(path, is_finite_checked=is_finite_checked)
         for name in found:
             if name in holders:
                 findings.problems.append(f"tensor {name} is also in {holders[name]}")
