@@ -60,7 +60,7 @@ def prepare(resolved: ResolvedRun) -> PreparedSet:
     """Every row of a run as token ids with its mask, split, audited and cached; needs no weights."""
     from zhibei.data.prepare import prepare
     from zhibei.text.families import find_template
-    from zhibei.train.materials import load_run_tokenizer
+    from zhibei.train.beginning import load_run_tokenizer
 
     tokenizer = load_run_tokenizer(resolved.run)
     return prepare(resolved.run, tokenizer, find_template(resolved.run.data.template, tokenizer))

@@ -80,7 +80,8 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
 
 
 def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> None:
-    from zhibei.train.sft import run_dir_of, train
+    from zhibei.train.beginning import run_dir_of
+    from zhibei.train.sft import train
 
     with ProgressLine(choose_mode(quiet=quiet, as_json=as_json)) as line:
         try:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from zhibei.config.errors import UserError
 from zhibei.data.prepared import PreparedRows
+from zhibei.data.steps import num_steps_of, require_steps, total_rows_of
 
 NOT_LEARNED = -100
 LENGTH_GROUP_STEPS = 50
@@ -79,28 +79,18 @@ class Batches:
     """Steps over prepared rows. Which rows a step has is a pure function of (seed, step), whatever the ranks."""
 
     def __init__(self, rows: PreparedRows, plan: BatchPlan, *, epochs: float = 1, max_steps: int | None = None) -> None:
-        num_rows = len(rows)
-        if num_rows < plan.global_batch:
-            raise UserError(
-                f"{num_rows} training rows are fewer than one optimiser step takes ({plan.global_batch})",
-                expected="at least one full step of rows",
-                fix=f"set sft.global_batch: {max(1, num_rows // 4)}, lower data.validation, or add rows",
-                where="sft.global_batch",
-            )
         self.rows, self.plan = rows, plan
-        total_rows = round(epochs * num_rows) if max_steps is None else max_steps * plan.global_batch
-        self.num_steps = max(1, -(-total_rows // plan.global_batch))
-        self._total_rows = max(total_rows, 1)
         self._lengths = rows.lengths
+        require_steps(
+            len(rows),
+            int(self._lengths.max(initial=0)),
+            global_batch=plan.global_batch,
+            micro_batch_tokens=plan.micro_batch_tokens,
+        )
+        length = {"global_batch": plan.global_batch, "epochs": epochs, "max_steps": max_steps}
+        self.num_steps = num_steps_of(len(rows), **length)
+        self._total_rows = max(total_rows_of(len(rows), **length), 1)
         self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        longest = int(self._lengths.max())
-        if longest > plan.micro_batch_tokens:
-            raise UserError(
-                f"the longest row has {longest} tokens, one forward pass takes {plan.micro_batch_tokens}",
-                expected="micro_batch_tokens at least as large as the longest row",
-                fix=f"set sft.micro_batch_tokens: {longest} or more, or lower data.max_tokens",
-                where="sft.micro_batch_tokens",
-            )
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data once `step` steps are done."""

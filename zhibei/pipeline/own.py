@@ -39,7 +39,7 @@ def run_own(place: Place, order: Order, *, watch: Watch, started: float) -> Outc
     watch(stage_record("data", f"{order.data}, its first {MOST_RECORDS:,} records"))
     from zhibei.data.prepare import prepare
     from zhibei.text.families import find_template
-    from zhibei.train.materials import load_run_tokenizer
+    from zhibei.train.beginning import load_run_tokenizer
 
     settings = _settings(folder, order)
     take_place(place, order)

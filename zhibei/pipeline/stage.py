@@ -41,7 +41,8 @@ def train_stage(run_file: Path, *, watch: Watch, on_rows: Callable[[int, str], N
     Raises what training raises.
     """
     from zhibei.report.page import write_report
-    from zhibei.train.sft import run_dir_of, train
+    from zhibei.train.beginning import run_dir_of
+    from zhibei.train.sft import train
 
     resolved = read_run(run_file)
     run_dir = run_dir_of(resolved.run)

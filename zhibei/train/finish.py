@@ -19,7 +19,8 @@ from zhibei.store.folders import whole_folder
 from zhibei.store.manifest import finish_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
-from zhibei.train.materials import Materials, tokenizer_place
+from zhibei.train.beginning import tokenizer_place
+from zhibei.train.materials import Materials
 from zhibei.train.opening import checkpoint_path
 from zhibei.train.record import Recorder
 from zhibei.train.resume import Progress, load_weights

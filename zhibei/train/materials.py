@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,11 @@ from zhibei.losses.tokens import TokenLoss
 from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import Need, load_for_training
-from zhibei.model.locate import locate
 from zhibei.model.savings import checkpoint_activations, compile_layers
-from zhibei.store.run_dir import RunDir
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
-from zhibei.text.tokenizer import Tokenizer, load_tokenizer
+from zhibei.text.tokenizer import Tokenizer
+from zhibei.train.beginning import load_run_tokenizer, run_dir_of
 from zhibei.train.optimizer import make_optimizer
 from zhibei.train.schedule import require_peak
 from zhibei.train.step import LossSum, Stepper
@@ -153,22 +151,6 @@ def plan_without_model(
     }
 
 
-def load_run_tokenizer(run: RunFile) -> Tokenizer:
-    """The tokenizer the run file names, else the one beside the model (for an adapter: its own, else its base's)."""
-    path, options = tokenizer_place(run)
-    return load_tokenizer(path, **options)
-
-
-def tokenizer_place(run: RunFile) -> tuple[str, dict[str, Any]]:
-    """Path and loading options of the run's tokenizer; training reads it from there and saves it from there."""
-    trust = {"trust_remote_code": run.model.trust_remote_code}
-    if run.model.tokenizer is not None:
-        return run.model.tokenizer, trust
-    found = locate(run.model.path)
-    own = found.adapter if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file() else None
-    return str(own or found.weights), {"revision": run.model.revision, **trust}
-
-
 def _named(rows: PreparedSet, run: RunFile) -> dict[str, Any]:
     return {} if run.data.template == rows.template else {"data.template": rows.template}
 
@@ -209,7 +191,3 @@ def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:
             fix="use the model's own tokenizer (remove model.tokenizer), or resize the model's embeddings first",
             where="model.tokenizer",
         )
-
-
-def run_dir_of(run: RunFile) -> RunDir:
-    return RunDir(Path(run.runs) / run.name)

@@ -1,8 +1,7 @@
-"""Opens a run directory: refuses to overwrite, describes the run in it, or finds where to resume. Knows no loop."""
+"""Opens a run directory: describes the run in it, or finds where to resume. Knows no loop."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,6 @@ from zhibei.store.manifest import model_fingerprint, new_manifest, require_manif
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
 from zhibei.train.resume import Progress, restore
-
-
-def refuse_existing(run_dir: RunDir) -> None:
-    """A directory that holds anything is never written over. Raises UserError."""
-    if run_dir.path.is_file() or (run_dir.path.is_dir() and any(run_dir.path.iterdir())):
-        raise UserError(
-            f"{run_dir.path} exists already",
-            expected="a new run name; nothing that exists is overwritten",
-            fix=f"continue it with: zhibei resume {run_dir.path}; or choose another name: name=NEW",
-            where="name",
-        )
-
-
-def require_writable(run_dir: RunDir) -> None:
-    """The run's folder can be made where it should be; found out before rows are prepared. Raises UserError."""
-    place = run_dir.path.absolute().parent
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=".zhibei-", dir=place):
-            pass
-    except OSError as problem:
-        raise UserError(
-            f"{run_dir.path} cannot be made: {place} is not writable ({problem.strerror})",
-            expected="a folder that can be written to",
-            fix="set runs: to a folder of yours, or make that one writable",
-            where="runs",
-        ) from None
 
 
 def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any]) -> Progress:

@@ -16,12 +16,13 @@ from zhibei.store.checkpoint import prune
 from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
+from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
 from zhibei.train.cadence import Cadence
 from zhibei.train.finish import finish
 from zhibei.train.heldout import heldout_loss
 from zhibei.train.interrupts import stop_requests
-from zhibei.train.materials import Materials, gather, run_dir_of
-from zhibei.train.opening import checkpoint_path, describe, open_again, open_new, refuse_existing, require_writable
+from zhibei.train.materials import Materials, gather
+from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
 from zhibei.train.record import Recorder, Watch, ignore
 from zhibei.train.resume import Progress, save
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
