@@ -15,22 +15,24 @@ INTERRUPTED_AND_SAVED = 130
 class UserError(Exception):
     """Something only the user can put right: what came, what was expected, what to do, and where.
 
-    `where` names file, record and field, e.g. `data.json, record 17 (line 204), field 'output'`.
+    `where` names file, record and field, e.g. `data.json, record 17 (line 204), field 'output'`. `pitfall` is the
+    name of the known pitfall that this is, where it is one (`zhibei pitfalls NAME`).
     """
 
     exit_code = USER_MUST_ACT
 
-    def __init__(self, what: str, *, expected: str, fix: str, where: str = "") -> None:
+    def __init__(self, what: str, *, expected: str, fix: str, where: str = "", pitfall: str = "") -> None:
         super().__init__(what)
-        self.what, self.expected, self.fix, self.where = what, expected, fix, where
+        self.what, self.expected, self.fix, self.where, self.pitfall = what, expected, fix, where, pitfall
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.what}\n  expected: {self.expected}\n  to do:    {self.fix}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The same four facts for `--json`."""
-        return {"what": self.what, "expected": self.expected, "fix": self.fix, "where": self.where}
+        """The same facts for `--json`."""
+        named = {"pitfall": self.pitfall} if self.pitfall else {}
+        return {"what": self.what, "expected": self.expected, "fix": self.fix, "where": self.where, **named}
 
 
 class RunStopped(UserError):

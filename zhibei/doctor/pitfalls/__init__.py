@@ -1,8 +1,9 @@
-"""The catalogue, one file per area. Knows which areas there are."""
+"""The catalogue, one file per area, or two where one would be too long. Knows which areas there are."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from zhibei.doctor.pitfall import CATALOGUE, Pitfall
 
@@ -33,7 +34,10 @@ AREAS = (
 
 
 def load_catalogue() -> dict[str, Pitfall]:
-    """Every pitfall by id, in the order of AREAS and of their files."""
+    """Every pitfall by id, in the order of AREAS and of their files (`labels.py`, then `labels_more.py`)."""
+    files = sorted(module.name for module in iter_modules(__path__))
     for area in AREAS:
-        import_module(f"zhibei.doctor.pitfalls.{area}")
+        for name in files:
+            if name in (area, f"{area}_more"):
+                import_module(f"zhibei.doctor.pitfalls.{name}")
     return CATALOGUE
