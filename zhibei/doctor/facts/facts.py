@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zhibei.config.errors import UserError
@@ -17,6 +19,22 @@ from zhibei.plan.machines import Machine
 
 if TYPE_CHECKING:
     from zhibei.plan.memory import MemoryPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """Something of zhibei's own that failed: which check or part, and how."""
+
+    place: str
+    error: str
+
+    @classmethod
+    def of(cls, place: str, error: Exception) -> Defect:
+        """With the line that raised it, so that a report of it is enough to find it."""
+        frames = traceback.extract_tb(error.__traceback__)
+        line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        text = next(iter(str(error).splitlines()), "")
+        return cls(place, f"{type(error).__name__}: {text}{line}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,10 @@ class Facts:
     plan: MemoryPlan | None = None
     faults: tuple[UserError, ...] = ()
     """What reading refused; each is a finding of its own."""
+    defects: tuple[Defect, ...] = ()
+    """Parts that could not be gathered although nothing is wrong with the run: zhibei's own faults."""
+    is_resumed: bool = False
+    """The run goes on in its directory, so what lies there is its own."""
 
     @property
     def run(self) -> RunFile:

@@ -1,0 +1,251 @@
+"""Gathers the facts of a run part by part, by the steps the run itself would take; a part that fails hides no other.
+
+Loads no weights. Rows are prepared into the cache, so training afterwards reads them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from zhibei.config.errors import SeveralErrors, UserError
+from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
+from zhibei.config.run import DataSection, RunFile
+from zhibei.data.prepare import prepare
+from zhibei.data.prepared import PreparedSet
+from zhibei.data.readers import read_sources
+from zhibei.data.records import BrokenRecord
+from zhibei.data.steps import num_steps_of, require_steps
+from zhibei.doctor.facts.environment import EnvironmentFacts
+from zhibei.doctor.facts.facts import Defect, Facts
+from zhibei.doctor.facts.model import AdapterFacts, ModelFacts
+from zhibei.doctor.facts.output import read_output
+from zhibei.doctor.facts.rows import PairFacts, RowFacts
+from zhibei.doctor.facts.text import TemplateFacts, TokenizerFacts
+from zhibei.model.locate import locate
+from zhibei.plan.machines import Machine
+from zhibei.store.run_dir import RunDir
+from zhibei.text.families import find_template
+from zhibei.text.template import Template
+from zhibei.text.tokenizer import Tokenizer
+from zhibei.train.beginning import load_run_tokenizer, run_dir_of
+from zhibei.train.schedule import require_peak
+
+Result = TypeVar("Result")
+OnRows = Callable[[int, str], None]
+MOST_BROKEN_RECORDS = 8
+"""So many broken records are told one by one."""
+
+
+@dataclass
+class Parts:
+    """What was gathered so far: `get` runs one part and keeps what it refuses instead of raising it."""
+
+    faults: list[UserError] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+
+    def get(self, name: str, read: Callable[[], Result]) -> Result | None:
+        """The part, or None when it cannot be had; the reason is then among the faults or defects."""
+        try:
+            return read()
+        except SeveralErrors as several:
+            self.faults.extend(several.errors)
+        except UserError as fault:
+            self.faults.append(fault)
+        except Exception as error:  # a gatherer that fails must not hide what the others see
+            self.defects.append(Defect.of(name, error))
+        return None
+
+
+def gather_facts(
+    resolved: ResolvedRun,
+    *,
+    machine: Machine | None = None,
+    on_rows: OnRows | None = None,
+    resume: RunDir | None = None,
+) -> Facts:
+    """Everything that can be known about a run before its weights are loaded.
+
+    `machine` stands in for this one. `resume`: the run goes on in that directory, so what lies there is its own.
+    Raises nothing for a broken run: what a part refuses is in `faults`, and what needs that part is None.
+    """
+    run, parts = resolved.run, Parts()
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="facts") as beside:
+        # Looking at the machine waits for other programs, so it goes on beside the reading of rows.
+        environment = beside.submit(parts.get, "environment", _read_environment)
+        around = beside.submit(parts.get, "machine", _read_machine) if machine is None else None
+        words = _read_words(run, parts)
+        rows = _read_rows(run, words, parts, on_rows)
+        facts = Facts(
+            machine=machine or (around.result() if around else None) or Machine("unknown"),
+            environment=environment.result() or EnvironmentFacts(),
+            resolved=_planned(resolved, rows, parts),
+            output=parts.get("output", lambda: read_output(run_dir_of(run), resume=resume)),
+            is_resumed=resume is not None,
+        )
+    facts = _with_model(facts, parts)
+    facts = _with_text(facts, words, parts)
+    facts = _with_rows(facts, words, rows, parts)
+    return replace(facts, faults=_distinct(parts.faults), defects=tuple(parts.defects))
+
+
+@dataclass(frozen=True)
+class Words:
+    """What turns text into ids, as far as it could be loaded."""
+
+    tokenizer: Tokenizer | None = None
+    template: Template | None = None
+
+
+def _read_environment() -> EnvironmentFacts:
+    from zhibei.doctor.facts.environment import read_environment
+
+    return read_environment()
+
+
+def _read_machine() -> Machine:
+    from zhibei.doctor.facts.machine import read_machine
+
+    return read_machine()
+
+
+def _read_words(run: RunFile, parts: Parts) -> Words:
+    tokenizer = parts.get("tokenizer", lambda: load_run_tokenizer(run))
+    if tokenizer is None:
+        return Words()
+    return Words(tokenizer, parts.get("template", lambda: find_template(run.data.template, tokenizer)))
+
+
+def _read_rows(run: RunFile, words: Words, parts: Parts, on_rows: OnRows | None) -> PreparedSet | None:
+    """The prepared rows of supervised training; the other stages read their own kind of rows.
+
+    Where they cannot be had, the records are still read, so that broken ones are found beside a broken tokenizer.
+    """
+    tokenizer, template = words.tokenizer, words.template
+    if run.stage != "sft":
+        return None
+    if tokenizer is not None and template is not None:
+        before = len(parts.faults)
+        rows = parts.get("rows", lambda: prepare(run, tokenizer, template, progress=on_rows))
+        if rows is not None or len(parts.faults) == before:
+            return rows
+    broken = parts.get("rows", lambda: _broken_records(run.data))
+    if broken:
+        # The refusal of the first one is replaced by all of them.
+        parts.faults[:] = [fault for fault in parts.faults if fault.where != broken[0].where]
+        parts.faults.extend(broken)
+    return None
+
+
+def _broken_records(data: DataSection) -> list[UserError]:
+    """The first broken records of all sources. Raises UserError where a file as a whole cannot be read."""
+    found: list[UserError] = []
+    if data.on_error == "drop":
+        return found
+    for _, record in read_sources(data.model_copy(update={"on_error": "drop"})):
+        if isinstance(record, BrokenRecord):
+            found.append(record.as_error())
+            if len(found) == MOST_BROKEN_RECORDS:
+                break
+    return found
+
+
+def _planned(resolved: ResolvedRun, rows: PreparedSet | None, parts: Parts) -> ResolvedRun:
+    """The run with the values that follow from its rows, as training fills them in."""
+    if rows is None:
+        return resolved
+    return parts.get("steps", lambda: planned_by_rows(resolved, rows)) or resolved
+
+
+def planned_by_rows(resolved: ResolvedRun, rows: PreparedSet) -> ResolvedRun:
+    """Intervals and template filled in. Raises UserError when the rows do not make a single step."""
+    run = resolved.run
+    longest = int(rows.train.lengths.max(initial=0))
+    training = run.training
+    require_steps(
+        len(rows.train),
+        longest,
+        global_batch=training.global_batch,
+        micro_batch_tokens=training.micro_batch_tokens,
+    )
+    num_steps = num_steps_of(
+        len(rows.train),
+        global_batch=training.global_batch,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+    require_peak(training, num_steps)
+    named = {} if run.data.template == rows.template else {"data.template": rows.template}
+    return with_planned(resolved, {**plan_intervals(run, num_steps=num_steps), **named})
+
+
+def _with_model(facts: Facts, parts: Parts) -> Facts:
+    run = facts.run
+    model = parts.get("model", lambda: _model(run))
+    folder = run.lora.adapter or parts.get("model", lambda: locate(run.model.path).adapter)
+    if folder is None:
+        return replace(facts, model=model)
+    return replace(facts, model=model, adapter=parts.get("adapter", lambda: _adapter(Path(folder))))
+
+
+def _model(run: RunFile) -> ModelFacts:
+    from zhibei.doctor.facts.model import read_model
+
+    return read_model(run.model, run.lora)
+
+
+def _adapter(folder: Path) -> AdapterFacts:
+    from zhibei.doctor.facts.model import read_adapter_facts
+
+    return read_adapter_facts(folder)
+
+
+def _with_text(facts: Facts, words: Words, parts: Parts) -> Facts:
+    tokenizer, template = words.tokenizer, words.template
+    if tokenizer is None:
+        return facts
+    facts = replace(facts, tokenizer=parts.get("tokenizer", lambda: _tokenizer(tokenizer, facts.model)))
+    if template is None:
+        return facts
+    return replace(facts, template=parts.get("template", lambda: _template(template, tokenizer)))
+
+
+def _tokenizer(tokenizer: Tokenizer, model: ModelFacts | None) -> TokenizerFacts:
+    from zhibei.doctor.facts.text import read_tokenizer_facts
+
+    return read_tokenizer_facts(tokenizer, model)
+
+
+def _template(template: Template, tokenizer: Tokenizer) -> TemplateFacts:
+    from zhibei.doctor.facts.text import read_template_facts
+
+    return read_template_facts(template, tokenizer)
+
+
+def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, parts: Parts) -> Facts:
+    tokenizer, template = words.tokenizer, words.template
+    if rows is not None:
+        return replace(facts, rows=parts.get("rows", lambda: _rows(facts.run, rows)))
+    if tokenizer is None or template is None or facts.run.stage not in ("reward", "dpo"):
+        return facts
+    return replace(facts, pairs=parts.get("pairs", lambda: _pairs(facts.run, tokenizer, template)))
+
+
+def _rows(run: RunFile, rows: PreparedSet) -> RowFacts:
+    from zhibei.doctor.facts.rows import read_row_facts
+
+    return read_row_facts(run, rows)
+
+
+def _pairs(run: RunFile, tokenizer: Tokenizer, template: Template) -> PairFacts:
+    from zhibei.doctor.facts.rows import read_pair_facts
+
+    return read_pair_facts(run, tokenizer, template)
+
+
+def _distinct(faults: list[UserError]) -> tuple[UserError, ...]:
+    """One cause is often met twice: a wrong model path stops both the tokenizer and the weights."""
+    return tuple({str(fault): fault for fault in faults}.values())
