@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from zhibei.cli.app import COMMANDS
-from zhibei.config.effects import RULES
+from zhibei.config import effects
+from zhibei.config.effects import GENERAL_RULES, section_of_another_stage, training_rules
 from zhibei.config.foreign import FOREIGN_NAMES
 from zhibei.config.layers import dotted
 from zhibei.config.read import read_run, recipe_names, recipe_text
 from zhibei.config.resolve import value_of, yaml_value
-from zhibei.config.run import RunFile, Source
+from zhibei.config.run import AnsweringSection, RunFile, Source, TrainingSection
 from zhibei.config.words import describe_field, is_section
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -46,11 +47,38 @@ def run_file_page() -> str:
     parts.append(_section_text("At the top", "", plain, "Which run this is."))
     for name, field in RunFile.model_fields.items():
         if is_section(field.annotation):
-            section: Any = field.annotation
-            parts.append(_section_text(f"`{name}`", f"{name}.", section.model_fields, section.__doc__))
+            parts.append(_stage_text(name) if name in effects.STAGES else _plain_section_text(name))
     parts.append(_section_text("A source in `data.sources`", "", Source.model_fields, Source.__doc__))
     parts.append(_rules_text())
     parts.append(_foreign_text())
+    return "\n".join(parts)
+
+
+def _plain_section_text(name: str) -> str:
+    section: Any = RunFile.model_fields[name].annotation
+    return _section_text(f"`{name}`", f"{name}.", section.model_fields, section.__doc__)
+
+
+def _stage_text(name: str) -> str:
+    """A stage's own fields; before the first stage, those that all stages share."""
+    section: Any = RunFile.model_fields[name].annotation
+    answers = issubclass(section, AnsweringSection)
+    parts = []
+    if name == effects.STAGES[0]:
+        shared = {**TrainingSection.model_fields, **AnsweringSection.model_fields}
+        purpose = (
+            f"Every section of a stage ({', '.join(f'`{stage}`' for stage in effects.STAGES)}) takes these fields; "
+            "STAGE is the stage of the run. The sections of other stages must be absent."
+        )
+        parts.append(_section_text("Every stage", "STAGE.", shared, purpose))
+    own = {
+        field: info
+        for field, info in section.model_fields.items()
+        if field not in TrainingSection.model_fields and field not in AnsweringSection.model_fields
+    }
+    also = "the fields of every stage" + ("" if answers else ", without sample_prompts and sample_tokens")
+    text = f"{_one_line(section.__doc__)} Takes {also}{', and:' if own else '.'}"
+    parts.append(_section_text(f"`{name}`", f"{name}.", own, text) if own else f"## `{name}`\n\n{text}\n")
     return "\n".join(parts)
 
 
@@ -77,7 +105,7 @@ def _cell(text: str) -> str:
 def _rules_text() -> str:
     lines = ["## Settings that need one another\n", "Setting one of these where it does nothing is an error.\n"]
     lines += ["| field | is refused because | what to do |", "| --- | --- | --- |"]
-    for rule in RULES:
+    for rule in (*GENERAL_RULES, section_of_another_stage("STAGE"), *training_rules("STAGE")):
         names = sorted({re.sub(r"\[\d+\]", "[]", dotted(path)) for path in rule.watches})
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {rule.why} | {rule.fix} |")
     return "\n".join(lines) + "\n"

@@ -7,29 +7,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from zhibei.config.effects import RULES, fields_without_effect
+from zhibei.config.effects import RULES, STAGES, fields_without_effect
 from zhibei.config.errors import SeveralErrors, UserError
 from zhibei.config.read import read_run
 from zhibei.config.run import DataSection, LoraSection, ModelSection, RunFile
 
 GOOD = "model: {path: m}\ndata: {sources: [a.json]}\n"
 
-# (the field that is objected to, settings that break the rule, settings that keep it); in the order of RULES.
+# (the field that is objected to, settings that break the rule, settings that keep it); in the order of GENERAL_RULES.
 CASES = [
     ("lora.rank", ["lora.rank=8"], ["lora.rank=8", "model.method=lora"]),
     ("lora.alpha", ["model.method=lora", "lora.adapter=x", "lora.alpha=8"], ["model.method=lora", "lora.adapter=x"]),
-    ("sft.epochs", ["sft.epochs=1", "sft.max_steps=9"], ["sft.max_steps=9"]),
-    ("sft.warmup_ratio", ["sft.warmup_ratio=0.1", "sft.warmup_steps=9"], ["sft.warmup_ratio=0.1"]),
-    ("sft.decay_ratio", ["sft.decay_ratio=0.1"], ["sft.decay_ratio=0.1", "sft.schedule=wsd"]),
-    ("sft.min_lr_ratio", ["sft.min_lr_ratio=0.1", "sft.schedule=constant"], ["sft.min_lr_ratio=0.1"]),
-    ("sft.beta2", ["sft.beta2=0.95", "sft.optimizer=adafactor"], ["sft.optimizer=adafactor"]),
-    ("sft.sample_prompts", ["sft.sample_prompts=[hi]", "sft.sample_tokens=0"], ["sft.sample_prompts=[hi]"]),
-    ("sft.keep_best", ["sft.keep_best=true", "data.validation=0"], ["sft.keep_best=true"]),
-    (
-        "sft.early_stop_patience",
-        ["sft.early_stop_patience=3", "sft.evaluate_every=0"],
-        ["sft.early_stop_patience=3", "sft.evaluate_every=5"],
-    ),
     ("data.group_by_length", ["data.group_by_length=true"], ["data.group_by_length=true", "data.packing=false"]),
     (
         "data.sources[0].split",
@@ -42,6 +30,51 @@ CASES = [
     ("model.attention", ["model.attention=varlen", "device=cpu"], ["model.attention=varlen", "device=cuda"]),
     ("data.validation", ["data.validation=1"], ["data.validation=0.5"]),
     ("name", ["name=a/b"], ["name=a-b"]),
+    ("data.packing", ["data.packing=false", "stage=dpo"], ["data.packing=false"]),
+    (
+        "dpo.reference",
+        ["stage=dpo", "dpo.reference=adapters_off"],
+        ["stage=dpo", "dpo.reference=adapters_off", "model.method=lora"],
+    ),
+    ("ppo.models", ["stage=ppo", "ppo.models=shared"], ["stage=ppo", "ppo.models=shared", "model.method=lora"]),
+]
+
+# The same for the section of any stage, here written as sft; in the order of `training_rules`.
+TRAINING_CASES = [
+    ("sft.epochs", ["sft.epochs=1", "sft.max_steps=9"], ["sft.max_steps=9"]),
+    ("sft.warmup_ratio", ["sft.warmup_ratio=0.1", "sft.warmup_steps=9"], ["sft.warmup_ratio=0.1"]),
+    ("sft.decay_ratio", ["sft.decay_ratio=0.1"], ["sft.decay_ratio=0.1", "sft.schedule=wsd"]),
+    ("sft.min_lr_ratio", ["sft.min_lr_ratio=0.1", "sft.schedule=constant"], ["sft.min_lr_ratio=0.1"]),
+    ("sft.beta2", ["sft.beta2=0.95", "sft.optimizer=adafactor"], ["sft.optimizer=adafactor"]),
+    ("sft.keep_best", ["sft.keep_best=true", "data.validation=0"], ["sft.keep_best=true"]),
+    (
+        "sft.early_stop_patience",
+        ["sft.early_stop_patience=3", "sft.evaluate_every=0"],
+        ["sft.early_stop_patience=3", "sft.evaluate_every=5"],
+    ),
+]
+
+SAMPLING_CASE = ("sft.sample_prompts", ["sft.sample_prompts=[hi]", "sft.sample_tokens=0"], ["sft.sample_prompts=[hi]"])
+
+
+def cases_of(stage: str) -> list[tuple[str, list[str], list[str]]]:
+    """First setting a section of another stage, then the rules inside of the section."""
+    another = "dpo" if stage == "ppo" else "ppo"
+    cases = [(f"{stage}.epochs", [f"{stage}.epochs=1", f"stage={another}"], [f"{stage}.epochs=1", f"stage={stage}"])]
+    sampling = [] if stage == "reward" else [SAMPLING_CASE]
+    return cases + [of_stage(case, stage) for case in [*sampling, *TRAINING_CASES]]
+
+
+def of_stage(case: tuple[str, list[str], list[str]], stage: str) -> tuple[str, list[str], list[str]]:
+    """A case written for sft as it is in the section of another stage."""
+    field, *settings = (text.replace("sft.", f"{stage}.") for text in (case[0], *case[1], "|", *case[2]))
+    middle = settings.index("|")
+    return field, [*settings[:middle], f"stage={stage}"], [*settings[middle + 1 :], f"stage={stage}"]
+
+
+ALL_CASES = [
+    *CASES,
+    *(case for stage in STAGES for case in cases_of(stage)),
 ]
 
 
@@ -53,12 +86,12 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert len(CASES) == len(RULES)
+    assert len(ALL_CASES) == len(RULES)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("number", range(len(ALL_CASES)))
 def test_rule_bites_and_lets_the_healthy_pass(number: int, run_file: Path) -> None:
-    (field, broken, healthy), rule = CASES[number], RULES[number]
+    (field, broken, healthy), rule = ALL_CASES[number], RULES[number]
     with pytest.raises(UserError) as caught:
         read_run(run_file, broken)
     assert not isinstance(caught.value, SeveralErrors)
@@ -127,3 +160,23 @@ def test_idle_fields_are_listed_set_or_not(run_file: Path) -> None:
     assert ("sft", "decay_ratio") in idle
     assert ("lora", "rank") in idle
     assert ("sft", "epochs") not in idle
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fields_of_a_section_without_effect_are_one_fault_that_names_them(stage: str, run_file: Path) -> None:
+    another = "dpo" if stage == "sft" else "sft"
+    with pytest.raises(UserError) as caught:
+        read_run(run_file, [f"stage={stage}", f"{another}.epochs=1", f"{another}.weight_decay=0.1"])
+    assert caught.value.what == (
+        f"{another}.epochs has no effect (nor has {another}.weight_decay): "
+        f"section {another} is read by stage: {another} only, and this run is of another stage"
+    )
+    assert caught.value.fix == f"set stage: {another}, or remove section {another}"
+
+
+def test_a_recipes_section_gives_way_to_another_stage() -> None:
+    resolved = read_run("alpaca-7b", ["stage=reward", "reward.epochs=1"])
+    assert resolved.run.sft.global_batch == RunFile.model_fields["sft"].default.global_batch
+    assert any(
+        note.startswith("sft.learning_rate (recipe alpaca-7b) has no effect any more") for note in resolved.notes
+    )

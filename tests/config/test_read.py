@@ -8,11 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zhibei.config.effects import STAGES
 from zhibei.config.errors import UserError
 from zhibei.config.faults import nearest_name
 from zhibei.config.foreign import FOREIGN_NAMES
 from zhibei.config.read import read_run
-from zhibei.config.resolve import plan_intervals, render_resolved, value_of, with_planned, write_resolved, yaml_value
+from zhibei.config.resolve import (
+    LEARNING_RATES,
+    plan_intervals,
+    render_resolved,
+    value_of,
+    with_planned,
+    write_resolved,
+    yaml_value,
+)
 from zhibei.config.run import RunFile
 from zhibei.config.words import describe, leaf_fields
 from zhibei.config.yaml_tree import Place, parse
@@ -121,6 +130,46 @@ def test_learning_rate_is_planned_from_the_method(method: str, rate: float, tmp_
     assert resolved.run.model.quantize == ("nf4" if method == "qlora" else "none")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("method", "place"), [("full", 0), ("lora", 1), ("qlora", 1)])
+def test_planned_values_go_to_the_section_of_the_stage(stage: str, method: str, place: int, tmp_path: Path) -> None:
+    given = [f"stage={stage}", f"model.method={method}", f"{stage}.max_steps=50"]
+    resolved = read_run(write(tmp_path, GOOD), given)
+    assert resolved.run.training.learning_rate == LEARNING_RATES[stage][place]
+    assert resolved.run.training.evaluate_every == 5
+    planned = {key for key, origin in resolved.origins.items() if origin == "planned"}
+    own = {key for key in planned if key.partition(".")[0] in STAGES}
+    shared = {"ppo.models"} if (stage, method) == ("ppo", "full") else set()
+    assert own == {f"{stage}.learning_rate", f"{stage}.evaluate_every", f"{stage}.save_every"} | shared
+    assert resolved.run.ppo.models == ("separate" if shared else "shared")
+
+
+def test_the_effective_file_leaves_out_the_sections_of_other_stages(tmp_path: Path) -> None:
+    text = render_resolved(read_run(write(tmp_path, GOOD), ["stage=dpo", "dpo.epochs=1"]))
+    assert "\ndpo:\n" in text
+    assert "  epochs: 1.0  # command line\n" in text
+    assert text.count("epochs") == 1
+    for other in ("sft", "reward", "ppo"):
+        assert f"\n# {other}: not read by stage: dpo\n" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [("rm", "write stage: reward"), ("PT", "stage: sft"), ("dop", "did you mean stage: dpo?")]
+)
+def test_stages_of_other_tools_lead_to_ours(value: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_run(write(tmp_path, f"stage: {value}\n{GOOD}"))
+    assert words in caught.value.fix
+    assert caught.value.where.endswith("mine.yaml:1:8")
+
+
+def test_names_lead_to_the_section_of_the_runs_stage() -> None:
+    assert nearest_name("lr", stage="dpo") == "here it is called dpo.learning_rate"
+    assert nearest_name("neftune_noise_alpha", stage="dpo") == "sft.neftune_alpha"
+    assert nearest_name("epochs", stage="reward") == "epochs belongs in reward: write reward.epochs"
+    assert nearest_name("lr") == "here it is called sft.learning_rate"
+
+
 def test_a_given_learning_rate_is_kept(tmp_path: Path) -> None:
     assert read_run(write(tmp_path, GOOD), ["sft.learning_rate=3e-4"]).run.sft.learning_rate == 3e-4
 
@@ -161,6 +210,9 @@ def test_later_plans_change_run_and_origin_only_there(tmp_path: Path) -> None:
         ["data.packing=false", "data.group_by_length=true", "model.attention=sdpa"],
         ["data.validation=0", "data.system='yes: \"no\" # \\ 中文'"],
         ["sft.sample_prompts=['- x', 'two\\nlines']", "name='12'"],
+        ["stage=reward", "reward.max_steps=9"],
+        ["stage=dpo", "model.method=lora", "dpo.reference=adapters_off"],
+        ["stage=ppo", "ppo.reward_model=runs/reward"],
     ],
 )
 def test_the_resolved_file_reads_back_to_the_same_run(overrides: list[str], tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from zhibei.config.yaml_tree import KeyPath
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from zhibei.config.run import RunFile
+    from zhibei.config.run import RunFile, TrainingSection
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+"""What a run can do; each has a section of its own name in the run file."""
 
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz")
 
@@ -73,6 +76,18 @@ def _conflict(applies: Callable[[RunFile], bool], field: str, cause: str, why: s
     return replace(_rule(applies, field, cause, why=why, fix=fix), is_conflict=True)
 
 
+def _training(
+    stage: str, applies: Callable[[TrainingSection, RunFile], bool], fields: str, cause: str, *reasons: str
+) -> Rule:
+    """A rule of section `stage`, whose name stands as {stage} in the words."""
+    named, named_cause, why, fix = (words.replace("{stage}", stage) for words in (fields, cause, *reasons))
+
+    def holds(run: RunFile) -> bool:
+        return run.stage == stage and applies(run.training, run)
+
+    return _no_effect(holds, named, named_cause, why, fix)
+
+
 def _hub_fields_of_files(run: RunFile) -> list[KeyPath]:
     return [
         ("data", "sources", index, field)
@@ -82,13 +97,13 @@ def _hub_fields_of_files(run: RunFile) -> list[KeyPath]:
     ]
 
 
-def _has_no_heldout(run: RunFile) -> bool:
+def _has_no_heldout(_: TrainingSection, run: RunFile) -> bool:
     return not isinstance(run.data.validation, str) and run.data.validation == 0
 
 
 LORA_FIELDS = "lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save lora.adapter"
 
-RULES: list[Rule] = [
+GENERAL_RULES: list[Rule] = [
     _no_effect(
         lambda run: run.model.method == "full",
         LORA_FIELDS,
@@ -104,63 +119,7 @@ RULES: list[Rule] = [
         "remove it, or remove lora.adapter",
     ),
     _no_effect(
-        lambda run: run.sft.max_steps is not None,
-        "sft.epochs",
-        "sft.max_steps",
-        "sft.max_steps decides how long the run is",
-        "remove sft.epochs or sft.max_steps",
-    ),
-    _no_effect(
-        lambda run: run.sft.warmup_steps is not None,
-        "sft.warmup_ratio",
-        "sft.warmup_steps",
-        "sft.warmup_steps wins",
-        "remove sft.warmup_ratio, or set sft.warmup_steps: null",
-    ),
-    _no_effect(
-        lambda run: run.sft.schedule != "wsd",
-        "sft.decay_ratio",
-        "sft.schedule",
-        "only sft.schedule: wsd has a final decay",
-        "remove sft.decay_ratio, or set sft.schedule: wsd",
-    ),
-    _no_effect(
-        lambda run: run.sft.schedule == "constant",
-        "sft.min_lr_ratio",
-        "sft.schedule",
-        "with sft.schedule: constant the rate never falls",
-        "remove sft.min_lr_ratio, or choose another schedule",
-    ),
-    _no_effect(
-        lambda run: run.sft.optimizer == "adafactor",
-        "sft.beta1 sft.beta2 sft.epsilon",
-        "sft.optimizer",
-        "adafactor derives its own decay and floor (arXiv:1804.04235)",
-        "remove it, or choose adamw or adamw_8bit",
-    ),
-    _no_effect(
-        lambda run: run.sft.sample_tokens == 0,
-        "sft.sample_prompts",
-        "sft.sample_tokens",
-        "with sft.sample_tokens: 0 nothing is sampled",
-        "remove sft.sample_prompts, or set sft.sample_tokens above 0",
-    ),
-    _no_effect(
-        _has_no_heldout,
-        "sft.evaluate_every sft.evaluate_rows sft.early_stop_patience sft.keep_best",
-        "data.validation",
-        "with data.validation: 0 there are no held-out rows to evaluate",
-        "remove it, or set data.validation, for example 0.02",
-    ),
-    _no_effect(
-        lambda run: run.sft.evaluate_every == 0,
-        "sft.early_stop_patience",
-        "sft.evaluate_every",
-        "with sft.evaluate_every: 0 the only evaluation is at the end",
-        "remove sft.early_stop_patience, or set sft.evaluate_every above 0",
-    ),
-    _no_effect(
-        lambda run: run.data.packing and run.data.group_by_length,
+        lambda run: run.stage == "sft" and run.data.packing and run.data.group_by_length,
         "data.group_by_length",
         "data.packing",
         "packed rows have no padding to save",
@@ -181,7 +140,7 @@ RULES: list[Rule] = [
         "set model.method: qlora, or remove model.quantize",
     ),
     _conflict(
-        lambda run: run.data.packing and run.model.attention in ("sdpa", "eager"),
+        lambda run: run.stage == "sft" and run.data.packing and run.model.attention in ("sdpa", "eager"),
         "model.attention",
         "data.packing",
         "sdpa and eager cannot keep packed rows apart",
@@ -217,6 +176,123 @@ RULES: list[Rule] = [
         "the name becomes one folder inside of runs",
         "use letters, digits, - and _; put folders into runs: path/to/folder",
     ),
+    _no_effect(
+        lambda run: run.stage != "sft",
+        "data.supervise data.packing data.group_by_length",
+        "stage",
+        "only stage sft chooses which tokens are learned and packs its rows",
+        "remove it, or set stage: sft",
+    ),
+    _conflict(
+        lambda run: run.stage == "dpo" and run.dpo.reference == "adapters_off" and run.model.method == "full",
+        "dpo.reference",
+        "model.method",
+        "with model.method: full there are no adapters to switch off",
+        "set dpo.reference: copy, or model.method: lora",
+    ),
+    _conflict(
+        lambda run: (
+            run.stage == "ppo"
+            and run.ppo.models == "shared"
+            and "models" in run.ppo.model_fields_set
+            and run.model.method == "full"
+        ),
+        "ppo.models",
+        "model.method",
+        "shared models are adapters on one frozen base, and with model.method: full there are none",
+        "set model.method: lora, or ppo.models: separate",
+    ),
+]
+
+
+def section_of_another_stage(stage: str) -> Rule:
+    """The fields of section `stage` are idle in runs of every other stage."""
+
+    def find(run: RunFile) -> list[KeyPath]:
+        return [] if run.stage == stage else [(stage, name) for name in type(getattr(run, stage)).model_fields]
+
+    why = f"section {stage} is read by stage: {stage} only, and this run is of another stage"
+    return Rule(((stage,),), find, ("stage",), why, f"set stage: {stage}, or remove section {stage}")
+
+
+def _nothing_is_sampled(stage: str) -> Rule:
+    return _training(
+        stage,
+        lambda section, _: getattr(section, "sample_tokens", None) == 0,
+        "{stage}.sample_prompts",
+        "{stage}.sample_tokens",
+        "with {stage}.sample_tokens: 0 nothing is sampled",
+        "remove {stage}.sample_prompts, or set {stage}.sample_tokens above 0",
+    )
+
+
+def training_rules(stage: str) -> list[Rule]:
+    """The rules inside of the section of `stage`; they hold in runs of that stage."""
+    sampling = [] if stage == "reward" else [_nothing_is_sampled(stage)]
+    return [
+        *sampling,
+        _training(
+            stage,
+            lambda section, _: section.max_steps is not None,
+            "{stage}.epochs",
+            "{stage}.max_steps",
+            "{stage}.max_steps decides how long the run is",
+            "remove {stage}.epochs or {stage}.max_steps",
+        ),
+        _training(
+            stage,
+            lambda section, _: section.warmup_steps is not None,
+            "{stage}.warmup_ratio",
+            "{stage}.warmup_steps",
+            "{stage}.warmup_steps wins",
+            "remove {stage}.warmup_ratio, or set {stage}.warmup_steps: null",
+        ),
+        _training(
+            stage,
+            lambda section, _: section.schedule != "wsd",
+            "{stage}.decay_ratio",
+            "{stage}.schedule",
+            "only {stage}.schedule: wsd has a final decay",
+            "remove {stage}.decay_ratio, or set {stage}.schedule: wsd",
+        ),
+        _training(
+            stage,
+            lambda section, _: section.schedule == "constant",
+            "{stage}.min_lr_ratio",
+            "{stage}.schedule",
+            "with {stage}.schedule: constant the rate never falls",
+            "remove {stage}.min_lr_ratio, or choose another schedule",
+        ),
+        _training(
+            stage,
+            lambda section, _: section.optimizer == "adafactor",
+            "{stage}.beta1 {stage}.beta2 {stage}.epsilon",
+            "{stage}.optimizer",
+            "adafactor derives its own decay and floor (arXiv:1804.04235)",
+            "remove it, or choose adamw or adamw_8bit",
+        ),
+        _training(
+            stage,
+            _has_no_heldout,
+            "{stage}.evaluate_every {stage}.evaluate_rows {stage}.early_stop_patience {stage}.keep_best",
+            "data.validation",
+            "with data.validation: 0 there are no held-out rows to evaluate",
+            "remove it, or set data.validation, for example 0.02",
+        ),
+        _training(
+            stage,
+            lambda section, _: section.evaluate_every == 0,
+            "{stage}.early_stop_patience",
+            "{stage}.evaluate_every",
+            "with {stage}.evaluate_every: 0 the only evaluation is at the end",
+            "remove {stage}.early_stop_patience, or set {stage}.evaluate_every above 0",
+        ),
+    ]
+
+
+RULES: list[Rule] = [
+    *GENERAL_RULES,
+    *(rule for stage in STAGES for rule in (section_of_another_stage(stage), *training_rules(stage))),
 ]
 
 

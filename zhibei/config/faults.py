@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zhibei.config.effects import PartsDoNotFit
+from zhibei.config.effects import STAGES, PartsDoNotFit
 from zhibei.config.errors import UserError
-from zhibei.config.foreign import FOREIGN_NAMES
+from zhibei.config.foreign import FOREIGN_NAMES, FOREIGN_VALUES
 from zhibei.config.layers import COMMAND_LINE, Merged, dotted
 from zhibei.config.words import describe, field_at, leaf_fields, sections_of
 from zhibei.config.yaml_tree import KeyPath
@@ -96,7 +96,7 @@ def _unknown_key(path: KeyPath, merged: Merged) -> UserError:
     return UserError(
         f"unknown key {dotted(path)!r}",
         expected=_choices(section, known),
-        fix=nearest_name(name, path[:-1]),
+        fix=nearest_name(name, path[:-1], stage=str(merged.values.get("stage", "sft"))),
         where=_where(path, merged, at_key=True),
     )
 
@@ -108,18 +108,22 @@ def _choices(section: str, known: list[str]) -> str:
     return f"one of the {len(known)} keys of {owner} (zhibei config --explain {section} lists them)"
 
 
-def nearest_name(name: str, section: KeyPath = ()) -> str:
-    """What to do about an unknown key: our name for it, the section it belongs to, or the nearest spelling."""
+def nearest_name(name: str, section: KeyPath = (), *, stage: str = "sft") -> str:
+    """What to do about an unknown key: our name for it, the section it belongs to, or the nearest spelling.
+
+    Of the fields that every stage has, the one of this run's `stage` is meant.
+    """
     known = _known_keys(section)
     here = f"{dotted(section)}." if section else ""
-    leaves = [key for key, _ in leaf_fields()]
+    others = tuple(f"{other}." for other in STAGES if other != stage)
+    leaves = [key for key, _ in leaf_fields() if stage not in STAGES or not key.startswith(others)]
     elsewhere = [key for key in leaves if key.rpartition(".")[2] == name]
     if elsewhere:
         return " or ".join(
             f"{name} belongs in {key.rpartition('.')[0] or 'the top level'}: write {key}" for key in elsewhere
         )
     if name.lower() in FOREIGN_NAMES:
-        ours = FOREIGN_NAMES[name.lower()]
+        ours = _of_stage(FOREIGN_NAMES[name.lower()], stage, leaves)
         return f"here it is called {ours}" if ours in leaves else ours
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean {here}{near[0]}?"
@@ -127,6 +131,13 @@ def nearest_name(name: str, section: KeyPath = ()) -> str:
     if near := difflib.get_close_matches(name, list(by_last), n=1, cutoff=0.75):
         return f"did you mean {by_last[near[0]]}?"
     return "remove it; `zhibei config --explain FIELD` explains each field"
+
+
+def _of_stage(advice: str, stage: str, leaves: list[str]) -> str:
+    """`sft.learning_rate` is `dpo.learning_rate` in a run of stage dpo."""
+    own = advice.replace("sft.", f"{stage}.")
+    named = [word.strip("(),:;") for word in own.split() if word.startswith(f"{stage}.")]
+    return own if named and all(word in leaves for word in named) else advice
 
 
 def _known_keys(section: KeyPath) -> list[str]:
@@ -162,6 +173,8 @@ def _wrong_value(path: KeyPath, merged: Merged) -> UserError:
 def _remedy(path: KeyPath, value: Any, annotation: Any, expected: str) -> str:
     name = dotted(path)
     if isinstance(value, str):
+        if value.lower() in FOREIGN_VALUES.get(name, {}):
+            return FOREIGN_VALUES[name][value.lower()]
         choices = expected.removeprefix("one of ").split(", ")
         if near := difflib.get_close_matches(value, choices, n=1, cutoff=0.5):
             return f"did you mean {name}: {near[0]}?"

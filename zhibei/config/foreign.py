@@ -162,7 +162,21 @@ FOREIGN_NAMES: dict[str, str] = {
     "wandb_project": "log.wandb",
     "use_wandb": "log.wandb",
     "report_to": "log.tensorboard is on; for Weights & Biases set log.wandb to a project name",
-    "stage": "zhibei train does supervised fine-tuning, and continued pre-training on plain text; leave it out",
+    "rl": "stage",
     "do_train": "zhibei train trains; leave it out",
     "dataset_dir": "data.sources takes whole paths; leave it out",
 }
+
+FOREIGN_VALUES: dict[str, dict[str, str]] = {
+    "stage": {
+        "rm": "write stage: reward",
+        "pt": "write stage: sft; plain text is continued pre-training",
+        "pretrain": "write stage: sft; plain text is continued pre-training",
+        "kto": "rows with one label each belong to stage: dpo",
+        "ipo": "pairs of answers belong to stage: dpo",
+        "orpo": "pairs of answers belong to stage: dpo",
+        "simpo": "pairs of answers belong to stage: dpo",
+        "prompts": "write stage: ppo",
+    }
+}
+"""What the values of other tools are called here, by field. Fields and spellings not listed get the nearest name."""

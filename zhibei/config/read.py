@@ -139,7 +139,7 @@ def _checked(merged: Merged) -> tuple[RunFile, list[str]]:
             faults = faults_of(error, merged)
             misfits = _misfits(error)
             gives_way = [misfit for misfit in misfits if _gives_way(misfit, merged)]
-            faults += [_misfit_fault(misfit, merged) for misfit in misfits if misfit not in gives_way]
+            faults += _misfit_faults([misfit for misfit in misfits if misfit not in gives_way], merged)
             if faults:
                 raise _together(faults) from None
             for field in {misfit.field: misfit for misfit in gives_way}.values():
@@ -161,12 +161,22 @@ def _gives_way(misfit: Misfit, merged: Merged) -> bool:
     return (setter.rank if setter else 0) < (cause.rank if cause else 0)
 
 
-def _misfit_fault(misfit: Misfit, merged: Merged) -> UserError:
+def _misfit_faults(misfits: list[Misfit], merged: Merged) -> list[UserError]:
+    """One fault per rule and layer, at the first of the fields that the rule objects to."""
+    groups: dict[tuple[int, int], list[Misfit]] = {}
+    for misfit in misfits:
+        layer = merged.setter(misfit.field)
+        groups.setdefault((id(misfit.rule), layer.rank if layer else 0), []).append(misfit)
+    return [_misfit_fault(group[0], [dotted(other.field) for other in group[1:]], merged) for group in groups.values()]
+
+
+def _misfit_fault(misfit: Misfit, others: list[str], merged: Merged) -> UserError:
     path = misfit.field
     layer = merged.setter(path) or merged.setter(misfit.rule.cause)
     words = "does not fit" if misfit.rule.is_conflict else "has no effect"
+    also = f" (nor {'has' if len(others) == 1 else 'have'} {', '.join(others)})" if others else ""
     return UserError(
-        f"{dotted(path)} {words}: {misfit.rule.why}",
+        f"{dotted(path)} {words}{also}: {misfit.rule.why}",
         expected="settings that fit together and each do something",
         fix=misfit.rule.fix,
         where=layer.where(path, at_key=True) if layer else "run file",

@@ -12,17 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zhibei.config.effects import fields_without_effect
+from zhibei.config.effects import STAGES, fields_without_effect
 from zhibei.config.run import RunFile
 from zhibei.config.words import leaf_fields
 
 DEFAULT = "default"
 PLANNED = "planned"
 EVALUATIONS_PER_RUN = 10
-FULL_LEARNING_RATE = 2e-5  # Stanford Alpaca's README, LLaMA-7B, batch 128
 # What YAML 1.2 does not take unescaped inside double quotes, and the characters it reads as line breaks.
 UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
-ADAPTER_LEARNING_RATE = 2e-4  # the QLoRA paper's choice for 7B and 13B (arXiv:2305.14314, table 9)
+LEARNING_RATES = {  # (full, adapters)
+    # Stanford Alpaca's README, LLaMA-7B, batch 128; the QLoRA paper's 7B and 13B (arXiv:2305.14314, table 9).
+    "sft": (2e-5, 2e-4),
+    # LMFlow's run_reward_modeling.sh; TRL's RewardConfig, whose examples train adapters.
+    "reward": (1e-5, 1e-4),
+    # Zephyr-7B (arXiv:2310.16944, section 4.3) and the QLoRA form of the same recipe in its alignment handbook.
+    "dpo": (5e-7, 5e-6),
+    # OpenRLHF's and verl's default for the actor; ten times that for adapters, as in the stages above.
+    "ppo": (1e-6, 1e-5),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +51,28 @@ class ResolvedRun:
 def plan_values(run: RunFile) -> dict[str, Any]:
     """Values that follow from the run file alone, for fields that were left open."""
     planned: dict[str, Any] = {}
-    if run.sft.learning_rate is None:
-        planned["sft.learning_rate"] = FULL_LEARNING_RATE if run.model.method == "full" else ADAPTER_LEARNING_RATE
+    if run.training.learning_rate is None:
+        planned[f"{run.stage}.learning_rate"] = LEARNING_RATES[run.stage][run.model.method != "full"]
     if run.model.method == "qlora" and run.model.quantize == "none":
         planned["model.quantize"] = "nf4"
-    if run.sft.max_steps is not None:
-        planned |= plan_intervals(run, num_steps=run.sft.max_steps)
+    if run.stage == "ppo" and run.model.method == "full" and "models" not in run.ppo.model_fields_set:
+        planned["ppo.models"] = "separate"
+    if run.training.max_steps is not None:
+        planned |= plan_intervals(run, num_steps=run.training.max_steps)
     return planned
 
 
 def plan_intervals(run: RunFile, *, num_steps: int) -> dict[str, int]:
     """Steps between evaluations and between checkpoints, where the run file leaves them open."""
     has_heldout = run.data.validation != 0
-    evaluate_every = run.sft.evaluate_every
+    evaluate_every = run.training.evaluate_every
     planned: dict[str, int] = {}
     if evaluate_every is None:
         evaluate_every = max(1, num_steps // EVALUATIONS_PER_RUN)
         if has_heldout:
-            planned["sft.evaluate_every"] = evaluate_every
-    if run.sft.save_every is None:
-        planned["sft.save_every"] = evaluate_every
+            planned[f"{run.stage}.evaluate_every"] = evaluate_every
+    if run.training.save_every is None:
+        planned[f"{run.stage}.save_every"] = evaluate_every
     return planned
 
 
@@ -106,6 +116,11 @@ def render_resolved(resolved: ResolvedRun) -> str:
     section = ""
     for key, _ in sorted(leaf_fields(), key=lambda item: "." in item[0]):
         parent, _, name = key.rpartition(".")
+        if parent in STAGES and parent != resolved.run.stage:
+            if parent != section:
+                lines.append(f"\n# {parent}: not read by stage: {resolved.run.stage}")
+                section = parent
+            continue
         indent = "  " if parent else ""
         active = key not in idle
         if parent and parent != section:

@@ -136,7 +136,8 @@ class TrainingSection(Section):
     micro_batch_tokens: Positive = 4096
     """Most tokens in one forward pass on one GPU; rows of a step are spread over as many passes as that needs."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Peak learning rate. By default 2e-5 for full training and 2e-4 for adapters."""
+    """Peak learning rate. By default, for full training / for adapters: sft 2e-5 / 2e-4, reward 1e-5 / 1e-4,
+    dpo 5e-7 / 5e-6, ppo 1e-6 / 1e-5."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up. wsd: constant, then linear decay over the last `decay_ratio` of the steps."""
     warmup_ratio: Fraction = 0.03
@@ -171,13 +172,18 @@ class TrainingSection(Section):
     """Newest checkpoints kept, besides the best one."""
     keep_best: bool = True
     """Write the model of the best held-out evaluation as the final model."""
+
+
+class AnsweringSection(TrainingSection):
+    """What every training method shares whose model writes answers: the sample panel."""
+
     sample_prompts: list[str] = []
     """Prompts answered at evaluations, side by side with the base model; by default four held-out ones."""
     sample_tokens: Annotated[int, Field(ge=0)] = 64
     """Tokens per sampled answer; 0 switches the sample panel off."""
 
 
-class SftSection(TrainingSection):
+class SftSection(AnsweringSection):
     """Supervised fine-tuning and continued pre-training."""
 
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
@@ -192,7 +198,7 @@ class RewardSection(TrainingSection):
     """A reward model: one score per answer, learned from pairs of answers (stage: reward)."""
 
 
-class DpoSection(TrainingSection):
+class DpoSection(AnsweringSection):
     """Learning from pairs of answers without a reward model (stage: dpo)."""
 
     reference: Literal["auto", "adapters_off", "copy"] = "auto"
@@ -200,12 +206,12 @@ class DpoSection(TrainingSection):
     model. auto: adapters off where there are adapters and nothing else learns, else a copy."""
 
 
-class PpoSection(TrainingSection):
+class PpoSection(AnsweringSection):
     """Proximal policy optimisation against a reward (arXiv:1707.06347, arXiv:2203.02155; stage: ppo)."""
 
     models: Literal["shared", "separate"] = "shared"
     """shared: policy, critic and reward are adapters with heads on one frozen base, and the reference is the base with
-    adapters off. separate: four models."""
+    adapters off. separate: four models, which is what model.method: full means unless you say otherwise."""
     reward_model: str | None = None
     """A run directory of stage reward, or a folder with a reward model."""
     rollout_batch: Positive = 32
@@ -218,9 +224,6 @@ class PpoSection(TrainingSection):
     """Sample from the k likeliest tokens only; 0 is off. Anything but pure sampling biases the ratio."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens of this total probability only; 1 is off."""
-
-
-STAGES = ("sft", "reward", "dpo", "ppo")
 
 
 class LogSection(Section):

@@ -96,6 +96,7 @@ def read_rows(
 ) -> Ready:
     """Everything that needs no weights: device, tokenizer, template, audited rows, batches, planned values."""
     run = resolved.run
+    require_sft(run)
     device = choose_device(run.device)
     precision = choose_precision(run.model.precision, device)
     tokenizer = load_run_tokenizer(run)
@@ -115,6 +116,17 @@ def read_rows(
         batches=batches,
         heldout=heldout,
     )
+
+
+def require_sft(run: RunFile) -> None:
+    """Raises UserError for the stages that have no training loop; their run files can be checked and planned."""
+    if run.stage != "sft":
+        raise UserError(
+            f"stage: {run.stage} is not trained by this version",
+            expected="stage: sft (supervised fine-tuning, and continued pre-training on plain text)",
+            fix=f"`zhibei check` and `zhibei plan` read this run file and say whether its {run.stage} run would work",
+            where="stage",
+        )
 
 
 def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, LossSum]:
