@@ -32,6 +32,8 @@ def edited(text: str, changes: Mapping[str, Any]) -> str:
 
     The result is read back: it says the new values and, but for them, what it said before. Raises CannotEdit.
     """
+    if "\r\n" in text:
+        return edited(text.replace("\r\n", "\n"), changes).replace("\n", "\r\n")
     expected = parse(text, source="run file").value
     for dotted, value in changes.items():
         path = path_of(dotted)
@@ -135,7 +137,9 @@ def _added(text: str, mapping: yaml.Node, path: KeyPath, value: Any) -> str:
     if first_key.start_mark.index < mapping.start_mark.index:
         raise CannotEdit("the mapping is an alias")
     at = _line_end(text, _end_of(text, mapping))
-    return _inserted(text, at, _spelled(path, value, first_key.start_mark.column))
+    lines = _spelled(path, value, first_key.start_mark.column)
+    is_new_section = len(path) > 1 and first_key.start_mark.column == 0
+    return _inserted(text, at, "\n" + lines if is_new_section else lines)
 
 
 def _filled(text: str, mapping: yaml.Node, path: KeyPath, value: Any) -> str:

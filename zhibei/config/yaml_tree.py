@@ -131,13 +131,18 @@ def near_files(path: Path) -> str:
     return f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
 
 
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of the one document in `text`, with their marks; raises yaml.YAMLError."""
+    return yaml.compose(text, Loader=_Loader)
+
+
 def parse(text: str, *, source: str) -> Tree:
     """The one document in `text`; `source` names it in errors.
 
     Raises UserError with line and column on broken YAML, tabs, duplicate keys, tags, and aliases inside themselves.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = compose(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise UserError(
