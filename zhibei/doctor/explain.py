@@ -1,0 +1,232 @@
+"""From a log or traceback, ours or another program's, to the pitfall behind it. Knows no single pitfall by its words.
+
+The first root cause wins: an error names the cause; what follows from it in other ranks and launchers (a watchdog's
+time-out, `returned non-zero exit status 1`) is a consequence; warnings count when nothing worse is there.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from zhibei.doctor.error_patterns import ErrorPattern, PatternIndex, same_quotes
+from zhibei.doctor.log_figures import FigureWatch, record_of
+from zhibei.doctor.log_lines import LOOK_AHEAD, Piece, open_log, owner_of, read_pieces, shown, without_owner
+from zhibei.doctor.pitfall import Pitfall
+from zhibei.doctor.verdict import Candidate, Evidence, Explanation, Force, OwnMessage, judge
+
+HITS_PER_PIECE = 1000
+"""So many places of one literal are tried per piece of two megabytes."""
+EVIDENCE_KEPT = 20
+RECORDS_READ = 20_000
+"""After so many metric records, those that differ from earlier ones only in digits are read one in sixteen."""
+
+EXCEPTION = re.compile(
+    r"(?:^|[\]:|>)│] ?)((?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Refused|Expired|Missing"
+    r"|NotFound|Failure)|StopIteration|Exception))(?:\(|:(?: |$)|$)"
+)
+WARNING = re.compile(r"\bwarn(?:ing)?\b|Warning[:(]|^\[?W[\d ]|\bWARN\b", re.IGNORECASE)
+TROUBLE = re.compile(
+    r"error|fail|fatal|abort|assert|kill|exit|refus|cannot|can't|could not|couldn't|no route|exceed|time[d ]?-?out"
+    r"|core dumped|no space|unable|invalid|not found|mismatch|NCCL WARN|unsupported|not supported|undefined symbol",
+    re.IGNORECASE,
+)
+EXIT_CODE = re.compile(
+    r"exit ?code|return code|signal \d+|\bSIG[A-Z]{3,5}\b|core dumped|^Killed|: Killed", re.IGNORECASE
+)
+FRAME = re.compile(r'^(?:│ )?File "[^"]*", line \d+')
+INFORMATION = re.compile(r"\b(?:INFO|DEBUG)\b")
+
+MARKS = (
+    b"error",
+    b"exception",
+    b"stopiteration",
+    b"interrupt",
+    b"timeout",
+    b"to do:",
+    b"resum",
+    b"core dumped",
+    b"killed",
+)
+"""What may announce an exception, a message of ours, or a resumed run."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What one pass over a log gathered."""
+
+    evidence: dict[str, list[Evidence]] = field(default_factory=dict)
+    errors: list[Evidence] = field(default_factory=list)
+    own: list[OwnMessage] = field(default_factory=list)
+    figures: FigureWatch = field(default_factory=FigureWatch)
+    records_seen: int = 0
+    num_lines: int = 0
+    num_bytes: int = 0
+
+
+def explain_file(path: Path, catalogue: Mapping[str, Pitfall]) -> Explanation:
+    """What went wrong according to a log. Raises UserError when the file cannot be read."""
+    with open_log(path) as stream:
+        return explain_stream(stream, str(path), catalogue)
+
+
+def explain_stream(stream: BinaryIO, name: str, catalogue: Mapping[str, Pitfall]) -> Explanation:
+    """The same for standard input or any open binary file, read once from where it stands."""
+    index = PatternIndex({one.id: one.errors for one in catalogue.values()})
+    found = _Found()
+    for piece in read_pieces(stream, name):
+        _read_figures(piece, found)
+        _search(piece, index, found)
+        found.num_lines = piece.numbers[-1] if piece.numbers else found.num_lines
+        found.num_bytes += sum(map(len, piece.lines[piece.start : piece.stop])) + piece.stop - piece.start
+    return judge(
+        name,
+        catalogue,
+        evidence=found.evidence,
+        errors=found.errors,
+        own=found.own,
+        signatures=tuple(found.figures.signatures()),
+        size=(found.num_lines, found.num_bytes),
+    )
+
+
+def _read_figures(piece: Piece, found: _Found) -> None:
+    lines, is_repeat = piece.lines, piece.is_repeat
+    for index in range(piece.start, piece.stop):
+        line = lines[index]
+        if b"oss" in line or b"kl" in line or b"argins" in line:
+            if is_repeat[index] and found.records_seen > RECORDS_READ and index & 15:
+                continue
+            if record := record_of(piece.numbers[index], shown(line)):
+                found.records_seen += 1
+                found.figures.see(record)
+        elif b"esum" in line and len(line) < 400:
+            found.figures.resumed(piece.numbers[index])
+
+
+def _search(piece: Piece, index: PatternIndex, found: _Found) -> None:
+    """Every pattern in every line that is not a repeat."""
+    read = [number for number in range(piece.start, piece.stop) if not piece.is_repeat[number]]
+    if not read:
+        return
+    blob = b"\n".join([piece.lines[number] for number in read]).lower()
+    starts = _line_starts(piece, read)
+    texts: dict[int, str] = {}
+    tried: set[tuple[int, int]] = set()
+    for literal, patterns in index.by_literal.items():
+        for line in _places(blob, literal, starts, read):
+            for pattern in patterns:
+                if len(found.evidence.get(pattern.owner, ())) < EVIDENCE_KEPT and (line, id(pattern)) not in tried:
+                    tried.add((line, id(pattern)))
+                    _try_pattern(pattern, literal, piece, line, texts, found)
+    for pattern in index.everywhere:
+        for line in read:
+            _try_pattern(pattern, b"", piece, line, texts, found)
+    marked = sorted({line for mark in MARKS for line in _places(blob, mark, starts, read)})
+    for line in marked:
+        _note_error(piece, line, texts, found)
+
+
+def _line_starts(piece: Piece, read: list[int]) -> list[int]:
+    starts, offset = [], 0
+    for number in read:
+        starts.append(offset)
+        offset += len(piece.lines[number]) + 1
+    return starts
+
+
+def _places(blob: bytes, literal: bytes, starts: list[int], read: list[int]) -> Iterator[int]:
+    """Lines in which the literal stands."""
+    place = blob.find(literal)
+    for _ in range(HITS_PER_PIECE):
+        if place < 0:
+            return
+        order = bisect_right(starts, place) - 1
+        yield read[order]
+        if order + 1 >= len(starts):
+            return
+        place = blob.find(literal, starts[order + 1])
+
+
+def _text(piece: Piece, line: int, texts: dict[int, str]) -> str:
+    if line not in texts:
+        texts[line] = without_owner(shown(piece.lines[line]))
+    return texts[line]
+
+
+def _try_pattern(
+    pattern: ErrorPattern, literal: bytes, piece: Piece, line: int, texts: dict[int, str], found: _Found
+) -> None:
+    text = _text(piece, line, texts)
+    first = last = line
+    match = pattern.regex.search(same_quotes(text))
+    if match is None and pattern.spans_lines:
+        members = _window(piece, line)
+        joined = "\n".join(same_quotes(_text(piece, one, texts)) for one in members)
+        match = pattern.regex.search(joined)
+        if match is not None:
+            first = members[joined.count("\n", 0, match.start())]
+            last = members[joined.count("\n", 0, max(match.start(), match.end() - 1))]
+    elif match is None and text[:1] in "│|":
+        members = [one for one in range(line, min(line + 4, len(piece.lines)))]
+        joined = " ".join(same_quotes(_text(piece, one, texts)).strip("│| ") for one in members)
+        match = pattern.regex.search(joined)
+    if match is None:
+        return
+    shown_at = last if EXCEPTION.search(_text(piece, last, texts)) else first
+    shown_text = _text(piece, shown_at, texts)
+    evidence = Evidence(
+        piece.numbers[shown_at],
+        shown_text[:600],
+        force_of(shown_text),
+        weight=len(literal) + (20 if first != last else 0),
+    )
+    kept = found.evidence.setdefault(pattern.owner, [])
+    if evidence not in kept and len(kept) < EVIDENCE_KEPT:
+        kept.append(evidence)
+
+
+def _window(piece: Piece, line: int) -> list[int]:
+    """The lines around one that the same rank wrote."""
+    owner = owner_of(piece.lines[line])
+    around = range(max(0, line - LOOK_AHEAD), min(len(piece.lines), line + LOOK_AHEAD))
+    return [one for one in around if owner_of(piece.lines[one]) == owner]
+
+
+def force_of(text: str) -> Force:
+    """How much a line says by itself: an error, the exit code of a process, a warning, or neither."""
+    exception = EXCEPTION.search(text)
+    if exception and not exception.group(1).endswith("Warning"):
+        return "error"
+    if FRAME.match(text):
+        return "frame"
+    if "NCCL WARN" in text:
+        return "error"
+    if WARNING.search(text):
+        return "warning"
+    if EXIT_CODE.search(text):
+        return "exit"
+    if INFORMATION.search(text):
+        return "plain"
+    return "error" if TROUBLE.search(text) else "plain"
+
+
+def _note_error(piece: Piece, line: int, texts: dict[int, str], found: _Found) -> None:
+    """Remember exceptions, crashes and messages of ours, so that what nobody knows is not passed over."""
+    text = _text(piece, line, texts)
+    if text.startswith("to do:") and line >= 2:
+        expected = _text(piece, line - 1, texts)
+        if expected.startswith("expected:"):
+            what, wanted, fix = _text(piece, line - 2, texts), expected[9:].strip(), text[6:].strip()
+            found.own.append(OwnMessage(piece.numbers[line - 2], what, wanted, fix))
+    kind: Literal["error", "exit"] = "error" if EXCEPTION.search(text) else "exit"
+    crashed = re.search(r"core dumped|segmentation fault|^killed\b|: killed\b", text, re.IGNORECASE)
+    if (kind == "error" or crashed) and not WARNING.search(text) and len(found.errors) < 200:
+        found.errors.append(Evidence(piece.numbers[line], text[:600], kind))
+
+
+__all__ = ["Candidate", "Explanation", "explain_file", "explain_stream", "force_of"]

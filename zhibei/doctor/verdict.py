@@ -1,0 +1,192 @@
+"""Which of the pitfalls that a log shows is the cause. Knows no reading of logs.
+
+Rank of evidence, best first: an error that a pitfall names; an exit code that one names; an error of a general family
+(out of memory, a missing package); numbers that only one pitfall explains; a warning. What only follows from another
+process's death comes last, and an error that nobody knows stands before all but named errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from zhibei.doctor.log_figures import Signature
+from zhibei.doctor.pitfall import Pitfall
+
+Force = Literal["error", "exit", "warning", "plain", "frame", "figures"]
+Verdict = Literal["known", "unknown", "own", "nothing"]
+
+GENERAL_AREA = "messages"
+CONSEQUENCES = frozenset({"nccl-timeout-rank0-tokenising", "child-process-failed", "other-rank-died"})
+"""What a job shows after another of its processes has died; a cause only where nothing else is."""
+HARMLESS = frozenset({"ignorable-missing-inv-freq", "harmless-warning"})
+"""Messages that people stop sound runs for."""
+RELATED = {
+    "cuda-out-of-memory": ("memory", "resume"),
+    "host-memory-exhausted": ("memory", "environment"),
+    "nccl-failed": ("distributed", "hardware", "environment"),
+    "package-missing": ("environment",),
+    "no-space-left": ("checkpoint", "gguf"),
+    "device-side-assert": ("tokenizer",),
+}
+"""General families, and the areas whose warnings before them say more."""
+UNKNOWN_CONSEQUENCE = (
+    "CalledProcessError", "ChildFailedError", "non-zero exit status", "DistBackendError", "Connection reset by peer",
+    "SystemExit", "KeyboardInterrupt", "ProcessExitedException", "ProcessRaisedException", "RayTaskError",
+    "Broken pipe", "Connection closed by", "BrokenPipeError", "EOFError", "SignalException",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A line of the log; `weight` is how specific the pattern was that found it."""
+
+    line: int
+    text: str
+    force: Force
+    weight: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"line": self.line, "text": self.text, "force": self.force}
+
+
+@dataclass(frozen=True, slots=True)
+class OwnMessage:
+    """An error that zhibei itself explained when it happened."""
+
+    line: int
+    what: str
+    expected: str
+    fix: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"line": self.line, "what": self.what, "expected": self.expected, "fix": self.fix}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A pitfall and what speaks for it; `says` is what its numbers mean, "" when a message names it."""
+
+    pitfall: Pitfall
+    confidence: float
+    evidence: tuple[Evidence, ...]
+    says: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """`known`: `cause` is the pitfall. `unknown`: errors that the catalogue does not name. `own`: zhibei has said it
+    itself. `nothing`: no error in it. `others` are further candidates, less likely; `harmless` needs nothing done."""
+
+    source: str
+    verdict: Verdict
+    cause: Candidate | None = None
+    others: tuple[Candidate, ...] = ()
+    harmless: tuple[Candidate, ...] = ()
+    unknown: tuple[Evidence, ...] = ()
+    own: tuple[OwnMessage, ...] = ()
+    num_lines: int = 0
+    num_bytes: int = 0
+
+
+def judge(
+    source: str,
+    catalogue: Mapping[str, Pitfall],
+    *,
+    evidence: Mapping[str, Sequence[Evidence]],
+    errors: Sequence[Evidence],
+    own: Sequence[OwnMessage],
+    signatures: Sequence[Signature],
+    size: tuple[int, int],
+) -> Explanation:
+    """Rank what was found and say what it amounts to."""
+    unknown = _roots(errors, evidence)
+    ranked: list[tuple[tuple[float, ...], Candidate]] = []
+    harmless: list[Candidate] = []
+    for name, lines in evidence.items():
+        if name in HARMLESS:
+            harmless.append(Candidate(catalogue[name], 0.9, tuple(lines[:3])))
+            continue
+        tier, best = min(((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: pair[0])
+        tier = _tier_by_company(name, tier, best, evidence, catalogue)
+        says = (best, *(one for one in lines if one is not best))
+        ranked.append(((tier, best.line, -best.weight), Candidate(catalogue[name], _confidence(tier), says[:3])))
+    ranked += _by_figures(signatures, catalogue, {candidate.pitfall.id for _, candidate in ranked})
+    ranked.sort(key=lambda pair: pair[0])
+    candidates = tuple(candidate for _, candidate in ranked)
+    best_tier = ranked[0][0][0] if ranked else 9.0
+    common = {"harmless": tuple(harmless), "own": tuple(own), "num_lines": size[0], "num_bytes": size[1]}
+    if candidates and (best_tier < 2 or (best_tier < 4 and not unknown) or (best_tier < 5 and not unknown and not own)):
+        return Explanation(source, "known", candidates[0], _fainter(candidates), unknown=tuple(unknown[:3]), **common)
+    if own:
+        return Explanation(source, "own", None, candidates[:5], **common)
+    if unknown:
+        return Explanation(source, "unknown", None, candidates[:5], unknown=tuple(unknown[:3]), **common)
+    return Explanation(source, "nothing", None, candidates[:5], **common)
+
+
+def _roots(errors: Sequence[Evidence], evidence: Mapping[str, Sequence[Evidence]]) -> list[Evidence]:
+    """Errors that no pattern explains and that are no consequence of a process's death."""
+    explained = {one.line for lines in evidence.values() for one in lines}
+    roots = [one for one in errors if one.line not in explained]
+    return [one for one in roots if not any(word in one.text for word in UNKNOWN_CONSEQUENCE)]
+
+
+def _tier(name: str, one: Evidence, catalogue: Mapping[str, Pitfall], unknown: Sequence[Evidence]) -> float:
+    """0 is the surest; below 2 an error was named."""
+    if name in CONSEQUENCES:
+        return 4.0
+    is_general = catalogue[name].area == GENERAL_AREA
+    if one.force == "exit":
+        # A process is often killed because another has failed; then the failure is the cause.
+        return 3.5 if any(other.line < one.line for other in unknown) else 0.5 + is_general
+    by_force = {"error": 0.0, "figures": 2.0, "plain": 2.2, "warning": 2.4, "frame": 3.0}
+    return by_force[one.force] + (1.0 if is_general and one.force == "error" else 0.1 * is_general)
+
+
+def _tier_by_company(
+    name: str,
+    tier: float,
+    best: Evidence,
+    evidence: Mapping[str, Sequence[Evidence]],
+    catalogue: Mapping[str, Pitfall],
+) -> float:
+    """A warning that stands before the general error it leads to is the cause of it."""
+    if 2 <= tier < 3:
+        for general, areas in RELATED.items():
+            after = [one for one in evidence.get(general, ()) if one.line >= best.line]
+            if after and catalogue[name].area in areas:
+                return 0.9
+    return tier
+
+
+def _by_figures(
+    signatures: Sequence[Signature], catalogue: Mapping[str, Pitfall], named: set[str]
+) -> list[tuple[tuple[float, ...], Candidate]]:
+    """What the numbers say; a pitfall that a message names too needs no second mention."""
+    ranked: list[tuple[tuple[float, ...], Candidate]] = []
+    for order, signature in enumerate(signatures):
+        lines = tuple(Evidence(line, text[:600], "figures") for line, text in signature.lines)
+        fitting = [catalogue[name] for name in signature.pitfalls if name in catalogue and name not in named]
+        for place, pitfall in enumerate(fitting):
+            tier = 2.0 + 0.05 * order + (0.9 if place else 0.0)
+            ranked.append(((tier, lines[0].line, place), Candidate(pitfall, _confidence(tier), lines, signature.says)))
+            named.add(pitfall.id)
+    return ranked
+
+
+def _confidence(tier: float) -> float:
+    for limit, value in ((0.4, 0.95), (0.95, 0.85), (1.9, 0.75), (2.3, 0.65), (2.7, 0.5), (3.2, 0.35), (3.9, 0.3)):
+        if tier <= limit:
+            return value
+    return 0.4
+
+
+def _fainter(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Further candidates, none of them as sure as the first."""
+    first = candidates[0].confidence
+    return tuple(
+        Candidate(one.pitfall, round(min(one.confidence, first * 0.7), 2), one.evidence, one.says)
+        for one in candidates[1:6]
+    )
