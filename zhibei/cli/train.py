@@ -80,6 +80,7 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
 
 
 def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> None:
+    from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.beginning import run_dir_of
     from zhibei.train.sft import train
 
@@ -87,7 +88,7 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
         try:
             run_dir = train(
                 resolved,
-                watch=line,
+                watch=watch_over(resolved.run, also=line, resumed=resumed),
                 resume=resumed,
                 on_rows=lambda done, _text: line.rows(done),
                 on_audit=None if quiet or as_json else _show_audit(line),

@@ -40,6 +40,7 @@ def train_stage(run_file: Path, *, watch: Watch, on_rows: Callable[[int, str], N
 
     Raises what training raises.
     """
+    from zhibei.doctor.watchdogs import watch_over
     from zhibei.report.page import write_report
     from zhibei.train.beginning import run_dir_of
     from zhibei.train.sft import train
@@ -50,7 +51,9 @@ def train_stage(run_file: Path, *, watch: Watch, on_rows: Callable[[int, str], N
         return run_dir
     resume = run_dir if run_dir.manifest.is_file() else None
     try:
-        return train(resolved, watch=watch, resume=resume, on_rows=on_rows)
+        return train(
+            resolved, watch=watch_over(resolved.run, also=watch, resumed=resume), resume=resume, on_rows=on_rows
+        )
     finally:
         if run_dir.metrics.is_file():
             write_report(run_dir)

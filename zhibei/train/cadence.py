@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FIRST_LOOKS = (3, 5, 10)
+LOOK_EVERY = 50
+
 
 @dataclass(frozen=True)
 class Cadence:
@@ -19,3 +22,9 @@ class Cadence:
 
     def saves_after(self, step: int) -> bool:
         return step == self.num_steps or bool(self.save_every and step % self.save_every == 0)
+
+
+def looks_after(step: int) -> bool:
+    """Whether gradients, weights and the disk are looked at after `step`: early, when most faults show, then seldom
+    (a look waits for the device)."""
+    return step in FIRST_LOOKS or step % LOOK_EVERY == 0

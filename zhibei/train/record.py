@@ -5,15 +5,18 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from zhibei.store.metrics import Metrics
+from zhibei.train.alarms import Alarm
 from zhibei.train.step import StepRecord
 
-Watch = Callable[[dict[str, Any]], None]
+Watch = Callable[[dict[str, Any]], Alarm | None]
+Item = TypeVar("Item")
 GIB = 2.0**30
 
 
@@ -22,36 +25,50 @@ def ignore(_record: dict[str, Any]) -> None:
 
 
 class Recorder:
-    """Writes each record to metrics.jsonl and hands it to `watch`."""
+    """Writes each record to metrics.jsonl and hands it to `watch`, which may answer with an alarm."""
 
     def __init__(self, metrics: Metrics, watch: Watch, device: torch.device) -> None:
         self.metrics, self.watch, self.device = metrics, watch, device
+        self._alarms: list[Alarm] = []
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         record = {"kind": kind, "step": step, "time": time.time(), **figures}
         self.metrics.write(record)
-        self.watch(record)
+        alarm = self.watch(record)
+        if alarm is not None:
+            self._alarms.append(alarm)
+
+    def take_alarms(self) -> list[Alarm]:
+        """What the watcher objected to since the last call."""
+        taken, self._alarms = self._alarms, []
+        return taken
 
     def event(self, step: int, event: str, text: str = "", **figures: Any) -> None:
         self.write("event", step, event=event, text=text, **figures)
 
-    def step(self, step: int, record: StepRecord, *, epoch: float, learning_rate: float, seconds: float) -> None:
-        """One optimiser step: loss in nats per learned token, speed in real (unpadded) tokens per second."""
+    def step(self, step: int, record: StepRecord, **figures: Any) -> None:
+        """One optimiser step: loss in nats per learned token, speed in real (unpadded) tokens per second.
+
+        `figures`: epoch, learning_rate, seconds (of the step), data_seconds (waited for its rows before it),
+        skipped_steps (so far) and skipped_in_row.
+        """
+        seconds = figures.pop("seconds")
         self.write(
             "train",
             step,
-            epoch=round(epoch, 6),
             loss=record.loss,
             grad_norm=record.grad_norm,
-            learning_rate=learning_rate,
             tokens=record.num_tokens,
             supervised_tokens=record.num_units,
             tokens_per_s=round(record.num_tokens / max(seconds, 1e-9), 1),
             seconds=round(seconds, 6),
             peak_gib=self.peak_gib(),
+            gpu_held_gib=self.gpu_held_gib(),
             host_gib=host_gib(),
+            host_held_gib=host_held_gib(),
             micro_batches=record.num_micro_batches,
             skipped=int(record.was_skipped),
+            **figures,
         )
 
     def peak_gib(self) -> float | None:
@@ -60,8 +77,37 @@ class Recorder:
             return None
         return round(torch.cuda.max_memory_allocated(self.device) / GIB, 3)
 
+    def gpu_held_gib(self) -> float | None:
+        """GPU memory that tensors hold now; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return round(torch.cuda.memory_allocated(self.device) / GIB, 3)
+
 
 def host_gib() -> float:
     """Most memory this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / GIB, 3)
+
+
+def host_held_gib() -> float | None:
+    """Memory of this process now, without mapped files (the rows); None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return round(int(line.split()[1]) * 1024 / GIB, 3)
+    return None
+
+
+def with_waits(items: Iterator[Item]) -> Iterator[tuple[float, Item]]:
+    """Each item with the seconds that were waited for it."""
+    while True:
+        started = time.monotonic()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        yield time.monotonic() - started, item

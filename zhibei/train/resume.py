@@ -28,6 +28,8 @@ class Progress:
     learned_tokens: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    """In a row, up to now."""
+    all_skipped_steps: int = 0
     seconds: float = 0.0
 
 
@@ -59,7 +61,7 @@ def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
     stepper.optimizer.load(groups.get("optimizer", {}))
     set_random_states(groups["random"], stepper.model.device)
     stepper.load_state(state["stepper"])
-    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    return Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
 
 
 def load_weights(model: LanguageModel, tensors: Mapping[str, torch.Tensor], *, where: Path) -> None:

@@ -1,10 +1,11 @@
 """Supervised fine-tuning and continued pre-training: the whole loop on one page. Knows one method, and no doctor.
 
-Watchdogs, progress lines and reports reach the loop as `watch`, a function of one record.
+Watchdogs, progress lines and reports reach the loop as `watch`, a function of one record; it may answer with an alarm.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +13,23 @@ from pathlib import Path
 from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.config.resolve import ResolvedRun
 from zhibei.data.prepared import PreparedSet
-from zhibei.store.checkpoint import prune
+from zhibei.store.checkpoint import list_steps, prune
 from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
+from zhibei.train.alarms import asks_for_save, say, stopped_by, stopping
 from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
-from zhibei.train.cadence import Cadence
+from zhibei.train.cadence import Cadence, looks_after
 from zhibei.train.finish import finish
 from zhibei.train.heldout import heldout_loss
 from zhibei.train.interrupts import stop_requests
 from zhibei.train.materials import Materials, gather
 from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
-from zhibei.train.record import Recorder, Watch, ignore
+from zhibei.train.record import Recorder, Watch, ignore, with_waits
 from zhibei.train.resume import Progress, save
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
 from zhibei.train.schedule import learning_rate
-from zhibei.train.step import NonFiniteStep
+from zhibei.train.step import NonFiniteStep, StepRecord
 
 
 def train(
@@ -44,7 +46,7 @@ def train(
     `on_audit` gets the audited rows before any weight is loaded.
 
     Raises UserError before anything is written when the run cannot work, RunInterrupted after a signal (state saved),
-    and NonFiniteStep (exit code 3) when loss or gradients stop being finite.
+    and RunStopped (exit code 3) when `watch` says so, NonFiniteStep when loss or gradients stop being finite.
     """
     run_dir = resume or run_dir_of(resolved.run)
     if resume is None:
@@ -91,11 +93,13 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
         f"{materials.precision} on {materials.device}",
         total_steps=batches.num_steps,
         total_rows=len(materials.rows.train),
+        vocabulary=materials.model.head.weight.shape[0],
     )
+    stepper.remember_weights()
     if progress.step == 0:
         evaluate(materials, run_dir, progress, recorder, panel)
     with stop_requests() as stop:
-        for step, micro_batches in batches.steps(progress.step):
+        for data_seconds, (step, micro_batches) in with_waits(batches.steps(progress.step)):
             started = time.monotonic()
             rate = learning_rate(step, section=run.sft, peak=peak, num_steps=batches.num_steps)
             try:
@@ -107,19 +111,36 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
             progress.tokens += record.num_tokens
             progress.learned_tokens += record.num_units
             progress.seconds += seconds
-            progress.skipped_steps = progress.skipped_steps + 1 if record.was_skipped else 0
+            count_skipped(progress, record)
             if progress.step % run.log.every == 0 or progress.step == batches.num_steps:
-                epoch = batches.epoch_at(progress.step)
-                recorder.step(progress.step, record, epoch=epoch, learning_rate=rate, seconds=seconds)
+                recorder.step(
+                    progress.step,
+                    record,
+                    epoch=round(batches.epoch_at(progress.step), 6),
+                    learning_rate=rate,
+                    seconds=seconds,
+                    data_seconds=round(data_seconds, 6),
+                    skipped_steps=progress.all_skipped_steps,
+                    skipped_in_row=progress.skipped_steps,
+                )
+            if looks_after(progress.step):
+                recorder.write("look", progress.step, **stepper.look(), **disk(materials, run_dir))
             is_best = False
             if cadence.evaluates_after(progress.step):
                 is_best = evaluate(materials, run_dir, progress, recorder, panel)
-            if cadence.saves_after(progress.step) or (is_best and run.sft.keep_best) or stop:
+            alarms = recorder.take_alarms()
+            halt = stopping(alarms)
+            say([alarm for alarm in alarms if alarm is not halt], recorder, step=progress.step)
+            wants_save = cadence.saves_after(progress.step) or (is_best and run.sft.keep_best) or stop
+            if asks_for_save(alarms) or (wants_save and (halt is None or halt.is_worth_saving)):
                 try:
                     stepper.require_finite_weights(micro_batches)
                 except NonFiniteStep as problem:
                     raise stopped(problem, materials, run_dir, progress, recorder) from None
                 checkpoint(materials, run_dir, progress, recorder)
+            if halt is not None:
+                say([halt], recorder, step=progress.step)
+                raise stopped_by(halt, run_dir, step=progress.step, newest=newest_step(run_dir))
             if stop:
                 recorder.event(progress.step, "interrupted", f"{stop.name}: saved at step {progress.step}")
                 raise interrupted(stop.name or "a signal", run_dir, progress)
@@ -168,8 +189,37 @@ def checkpoint(materials: Materials, run_dir: RunDir, progress: Progress, record
         protect=[best] if best is not None and materials.run.sft.keep_best else [],
         verified=path,
     )
-    recorder.event(progress.step, "saved", path.name, seconds=round(time.monotonic() - started, 3))
+    recorder.event(
+        progress.step,
+        "saved",
+        path.name,
+        seconds=round(time.monotonic() - started, 3),
+        bytes=sum(file.stat().st_size for file in path.iterdir()),
+    )
     return path
+
+
+def count_skipped(progress: Progress, record: StepRecord) -> None:
+    """Steps that the loss scale of fp16 had to leave out, in a row and in all."""
+    progress.skipped_steps = progress.skipped_steps + 1 if record.was_skipped else 0
+    progress.all_skipped_steps += record.was_skipped
+
+
+def disk(materials: Materials, run_dir: RunDir) -> dict[str, int]:
+    """Bytes: what is free where the run writes, what the next checkpoint takes, what the finished model takes."""
+    model = materials.model
+    written = model.trainable() if model.hf is not model.inner else dict(model.hf.named_parameters())
+    tensors = [*model.trainable().values(), *materials.stepper.optimizer.tensors().values()]
+    return {
+        "free_bytes": shutil.disk_usage(run_dir.path).free,
+        "checkpoint_bytes": sum(tensor.nbytes for tensor in tensors),
+        "model_bytes": sum(tensor.nbytes for tensor in written.values()),
+    }
+
+
+def newest_step(run_dir: RunDir) -> int | None:
+    steps = list_steps(run_dir.checkpoints)
+    return steps[-1][0] if steps else None
 
 
 def stopped(

@@ -18,6 +18,8 @@ LossSum = Callable[[LanguageModel, Batch], torch.Tensor]
 FIRST_SCALE = 2.0**16
 GROW_AFTER_STEPS = 1000
 SMALLEST_SCALE = 2.0**-4
+SHOWN_NAMES = 8
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Stepper:
         self.scale = LossScale(enabled=model.dtype == torch.float16)
         self._sums: dict[str, torch.Tensor] = {}
         self._is_summing = False
+        self._reached: dict[tuple[str, ...], torch.Tensor] = {}
+        self._checksums_at_start: torch.Tensor | None = None
+        self.effective_steps = 0
         for name, parameter in optimizer.parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.register_post_accumulate_grad_hook(self._sum_in_fp32(name))
@@ -111,10 +116,16 @@ class Stepper:
         total = torch.zeros((), device=self.model.device)
         for batch in micro_batches:
             batch_sum = self.loss_sum(self.model, batch.to(self.model.device))
+            if not batch_sum.requires_grad:
+                raise nothing_learns()
             (batch_sum * (self.scale.value / num_units)).backward()
             total += batch_sum.detach()
         gradients = self._gradients()
-        norm = global_norm(gradients) / self.scale.value
+        if not gradients:
+            raise nothing_learns()
+        norms_N = gradient_norms(gradients)
+        self._note_reached(tuple(gradients), norms_N)
+        norm = torch.linalg.vector_norm(norms_N) / self.scale.value
         # The one wait for the device in a step: a bad step must be seen before it is applied.
         loss, grad_norm = (torch.stack([total / num_units, norm])).tolist()
         record = StepRecord(
@@ -130,7 +141,42 @@ class Stepper:
         self.optimizer.step(gradients, learning_rate=learning_rate, scale=clip / self.scale.value)
         self._forget_gradients()
         self.scale.went_well()
+        self.effective_steps += learning_rate > 0
         return record
+
+    def _note_reached(self, names: tuple[str, ...], norms_N: torch.Tensor) -> None:
+        """Remember on the device which gradients were ever more than zero; read only by `look`."""
+        reached_N = norms_N > 0
+        before = self._reached.get(names)
+        self._reached[names] = reached_N if before is None else before | reached_N
+
+    def remember_weights(self) -> None:
+        """Take the weights of now as those that `look` compares with."""
+        self._checksums_at_start = checksums(self.optimizer.parameters)
+
+    def look(self) -> dict[str, Any]:
+        """What the parameters have seen since this process began. Waits for the device.
+
+        `effective_steps` counts updates with a rate above 0; `without_gradient` names parameters that never had a
+        gradient other than zero; `unchanged` counts parameters whose bits are as `remember_weights` saw them.
+        """
+        reached = {
+            name
+            for names, flags_N in self._reached.items()
+            for name, flag in zip(names, flags_N.tolist(), strict=True)
+            if flag
+        }
+        without = [name for name in self.optimizer.parameters if name not in reached]
+        now = checksums(self.optimizer.parameters)
+        if self._checksums_at_start is None:
+            raise RuntimeError("remember_weights comes before look")
+        return {
+            "effective_steps": self.effective_steps,
+            "parameters": len(self.optimizer.parameters),
+            "without_gradient": len(without),
+            "without_gradient_names": without[:SHOWN_NAMES],
+            "unchanged": int((now == self._checksums_at_start).sum()),
+        }
 
     def _sum_in_fp32(self, name: str) -> Callable[[torch.Tensor], None]:
         """Several passes are summed in fp32 (bf16 sums lose small gradients); each gradient is freed once added."""
@@ -187,7 +233,26 @@ def rows_of(micro_batches: Sequence[Batch]) -> list[int]:
     return sorted({number for batch in micro_batches for number in batch.row_numbers})
 
 
-def global_norm(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Euclidean norm over all gradients together, summed in fp32 whatever their dtype."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients.values()]
-    return torch.linalg.vector_norm(torch.stack(norms))
+def gradient_norms(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of each gradient, summed in fp32 whatever its dtype."""
+    return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients.values()])
+
+
+def checksums(parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    """One number per parameter that changes when any of its bits does (but for sums that cancel)."""
+    sums = []
+    for parameter in parameters.values():
+        flat = parameter.detach().reshape(-1)
+        bits = flat.view(INTEGERS[flat.element_size()])
+        sums.append(bits.sum(dtype=torch.int64))
+    return torch.stack(sums)
+
+
+def nothing_learns() -> RunStopped:
+    """The loss does not depend on any parameter that should learn."""
+    return RunStopped(
+        "the loss reaches no parameter that should learn: there is no gradient at all",
+        expected="a gradient for every parameter that learns",
+        fix="set model.activation_checkpointing: none; with adapters, look at lora.targets; then report this family",
+        where="model",
+    )
