@@ -30,10 +30,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "zhibei.cli.config:config",
         "Show the effective run file and where each value comes from.",
     ),
+    "check": ("zhibei.cli.check:check", "Find everything that is known to be wrong with a run before it runs."),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
     "resume": ("zhibei.cli.train:resume", "Go on with a run that was stopped."),
     "verify": ("zhibei.cli.verify:verify", "Prove that a run, a checkpoint, a model or an adapter folder is complete."),
     "explain": ("zhibei.cli.explain:explain", "Name the pitfall behind a log or traceback of any program."),
+    "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits, and how each is caught."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }

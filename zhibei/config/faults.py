@@ -33,6 +33,13 @@ def faults_of(error: ValidationError, merged: Merged) -> list[UserError]:
     return sorted(found.values(), key=_reading_order)
 
 
+def place_of_fault(detail: Any, merged: Merged) -> KeyPath:
+    """Where in the run file one of pydantic's complaints belongs; () for rules between fields."""
+    if isinstance(detail.get("ctx", {}).get("error"), PartsDoNotFit):
+        return ()
+    return _real_path(detail["loc"], merged.values, detail["type"])
+
+
 def show_value(value: Any) -> str:
     """A value as a person would name it: `text 'no'`, `true`, `the number 3`, `a list`."""
     if isinstance(value, str):

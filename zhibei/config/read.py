@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from zhibei.config.effects import Misfit, PartsDoNotFit
 from zhibei.config.errors import SeveralErrors, UserError
-from zhibei.config.faults import faults_of, show_value
+from zhibei.config.faults import faults_of, place_of_fault, show_value
 from zhibei.config.layers import Layer, Merged, command_line_layer, dotted
 from zhibei.config.resolve import DEFAULT, PLANNED, ResolvedRun, plan_values, with_planned
 from zhibei.config.run import RunFile
@@ -31,6 +32,42 @@ def read_run(path_or_recipe: str | Path, overrides: Sequence[str] = ()) -> Resol
     `path_or_recipe` is a YAML file, a run directory (its resolved.yaml is read) or the name of a recipe.
     Raises UserError with file, line and column (SeveralErrors when there are several faults).
     """
+    read = _read(path_or_recipe, overrides)
+    return _resolved(read, *_checked(read.merged))
+
+
+def read_what_is_sound(
+    path_or_recipe: str | Path, overrides: Sequence[str] = ()
+) -> tuple[ResolvedRun | None, UserError | None]:
+    """The run without its faulty fields, and the fault that `read_run` would raise.
+
+    For looking at the rest of a broken run file at once; never for running it. The run is None where a required field
+    is at fault. Raises UserError where the text cannot be read at all.
+    """
+    read = _read(path_or_recipe, overrides)
+    fault: UserError | None = None
+    while True:
+        try:
+            return _resolved(read, *_checked(read.merged)), fault
+        except UserError as error:
+            fault = fault or error
+        try:
+            RunFile.model_validate(read.merged.values, strict=True)
+        except ValidationError as error:
+            if not _without_faults(read.merged, error):
+                return None, fault
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The layers of a run file laid over one another, not yet checked."""
+
+    merged: Merged
+    text: str
+    has_name: bool
+
+
+def _read(path_or_recipe: str | Path, overrides: Sequence[str]) -> _Read:
     given = str(path_or_recipe)
     if given in recipe_names():
         layers, name, text = [_recipe_layer(given)], given, recipe_text(given)
@@ -49,11 +86,28 @@ def read_run(path_or_recipe: str | Path, overrides: Sequence[str] = ()) -> Resol
         merged.add(layer)
     has_name = "name" in merged.values
     merged.values.setdefault("name", name)
-    run, notes = _checked(merged)
-    origins = {key: _origin(key, merged) for key, _ in leaf_fields()}
-    if not has_name:
+    return _Read(merged, text, has_name)
+
+
+def _resolved(read: _Read, run: RunFile, notes: list[str]) -> ResolvedRun:
+    origins = {key: _origin(key, read.merged) for key, _ in leaf_fields()}
+    if not read.has_name:
         origins["name"] = PLANNED
-    return with_planned(ResolvedRun(run, origins, text, tuple(notes)), plan_values(run))
+    return with_planned(ResolvedRun(run, origins, read.text, tuple(notes)), plan_values(run))
+
+
+def _without_faults(merged: Merged, error: ValidationError) -> bool:
+    """Takes the faulty values out; False when there was nothing to take out, so that something required is missing."""
+    places = [place_of_fault(detail, merged) for detail in error.errors()]
+    places += [misfit.field for misfit in _misfits(error)]
+    was_taken = False
+    for place in places:
+        while place and place not in merged.setters:
+            place = place[:-1]
+        if place:
+            merged.remove(place)
+            was_taken = True
+    return was_taken
 
 
 def recipe_names() -> list[str]:

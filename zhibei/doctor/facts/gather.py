@@ -16,15 +16,16 @@ from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
 from zhibei.config.run import DataSection, RunFile
 from zhibei.data.prepare import prepare
 from zhibei.data.prepared import PreparedSet
+from zhibei.data.prepared_cache import cache_root
 from zhibei.data.readers import read_sources
 from zhibei.data.records import BrokenRecord
 from zhibei.data.steps import num_steps_of, require_steps
 from zhibei.doctor.facts.environment import EnvironmentFacts
 from zhibei.doctor.facts.facts import Defect, Facts
-from zhibei.doctor.facts.model import AdapterFacts, ModelFacts
+from zhibei.doctor.facts.model import read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
 from zhibei.doctor.facts.rows import PairFacts, RowFacts
-from zhibei.doctor.facts.text import TemplateFacts, TokenizerFacts
+from zhibei.doctor.facts.text import read_template_facts, read_tokenizer_facts
 from zhibei.model.locate import locate
 from zhibei.plan.machines import Machine
 from zhibei.store.run_dir import RunDir
@@ -88,6 +89,7 @@ def gather_facts(
         )
     facts = _with_model(facts, parts)
     facts = _with_text(facts, words, parts)
+    facts = _with_row_norms(facts, parts)
     facts = _with_rows(facts, words, rows, parts)
     return replace(facts, faults=_distinct(parts.faults), defects=tuple(parts.defects))
 
@@ -184,45 +186,31 @@ def planned_by_rows(resolved: ResolvedRun, rows: PreparedSet) -> ResolvedRun:
 
 def _with_model(facts: Facts, parts: Parts) -> Facts:
     run = facts.run
-    model = parts.get("model", lambda: _model(run))
+    model = parts.get("model", lambda: read_model(run.model, run.lora, cache=cache_root(run.data.cache)))
     folder = run.lora.adapter or parts.get("model", lambda: locate(run.model.path).adapter)
     if folder is None:
         return replace(facts, model=model)
-    return replace(facts, model=model, adapter=parts.get("adapter", lambda: _adapter(Path(folder))))
-
-
-def _model(run: RunFile) -> ModelFacts:
-    from zhibei.doctor.facts.model import read_model
-
-    return read_model(run.model, run.lora)
-
-
-def _adapter(folder: Path) -> AdapterFacts:
-    from zhibei.doctor.facts.model import read_adapter_facts
-
-    return read_adapter_facts(folder)
+    return replace(facts, model=model, adapter=parts.get("adapter", lambda: read_adapter_facts(Path(folder))))
 
 
 def _with_text(facts: Facts, words: Words, parts: Parts) -> Facts:
     tokenizer, template = words.tokenizer, words.template
     if tokenizer is None:
         return facts
-    facts = replace(facts, tokenizer=parts.get("tokenizer", lambda: _tokenizer(tokenizer, facts.model)))
+    facts = replace(facts, tokenizer=parts.get("tokenizer", lambda: read_tokenizer_facts(tokenizer, facts.model)))
     if template is None:
         return facts
-    return replace(facts, template=parts.get("template", lambda: _template(template, tokenizer)))
+    return replace(facts, template=parts.get("template", lambda: read_template_facts(template, tokenizer)))
 
 
-def _tokenizer(tokenizer: Tokenizer, model: ModelFacts | None) -> TokenizerFacts:
-    from zhibei.doctor.facts.text import read_tokenizer_facts
-
-    return read_tokenizer_facts(tokenizer, model)
-
-
-def _template(template: Template, tokenizer: Tokenizer) -> TemplateFacts:
-    from zhibei.doctor.facts.text import read_template_facts
-
-    return read_template_facts(template, tokenizer)
+def _with_row_norms(facts: Facts, parts: Parts) -> Facts:
+    """How the embeddings of the template's control tokens compare with the others: untrained ones are far too small."""
+    model, template = facts.model, facts.template
+    if model is None or template is None:
+        return facts
+    pieces = [ids for ids in template.special_pieces.values() if len(ids) == 1]
+    numbers = {ids[0] for ids in pieces} | set(template.terminator_ids)
+    return replace(facts, model=parts.get("model", lambda: with_row_norms(model, numbers)) or model)
 
 
 def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, parts: Parts) -> Facts:
