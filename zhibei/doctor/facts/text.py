@@ -4,6 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zhibei.config.errors import UserError
+from zhibei.doctor.facts import template_probes as probes
+from zhibei.doctor.facts.model import ModelFacts
+from zhibei.doctor.facts.places import folder_of
+from zhibei.doctor.facts.sentencepiece_file import (
+    NORMAL,
+    UNKNOWN,
+    SentencePieceFile,
+    read_sentencepiece,
+    vocabulary_difference,
+)
+from zhibei.store.files import read_json, sha256_of_text
+from zhibei.text.families import find_template
+from zhibei.text.jinja import JinjaTemplate
+from zhibei.text.template import Template
+from zhibei.text.tokenizer import Tokenizer
+
+SPECIALS = ("bos", "eos", "pad", "unk")
+NO_LIMIT = 10**9
+PROBE_TEXTS = (
+    "Hello world",
+    "### Instruction:\nSay hello to the user.\n\n### Response:",
+    "A chat. USER: how are you? ASSISTANT: Fine, thanks.",
+    "def f(x):\n    return x + 1",
+    "你好，世界。 ça va très bien 1234567",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +64,10 @@ class TokenizerFacts:
     fingerprint: str = ""
     slow_fast_difference: str = ""
     """An example text whose ids differ between the slow and the fast tokenizer; "" when none does."""
+    other_vocabulary: str = ""
+    """How tokenizer.model and tokenizer.json differ where they are of two vocabularies; "" when they agree."""
+    misplaced: tuple[str, ...] = ()
+    """Special tokens that tokenizer.model has at another id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,5 +87,185 @@ class TemplateFacts:
     """Where the ids of a chat prompt differ from those of training; "" when they are equal."""
     rewrites_earlier_turns: bool = False
     thinking_modes: tuple[str, ...] = ()
+    """default, enable_thinking=true, enable_thinking=false: those whose prompt is how training rows begin."""
     names_a_date: bool = False
     is_the_tokenizers_own: bool = False
+    knows_thinking: bool = False
+    """The template reads `enable_thinking`."""
+    split_marks: tuple[str, ...] = ()
+    """Control strings that this tokenizer reads as several pieces, though their family has one token for each."""
+    foreign_marks: tuple[str, ...] = ()
+    """Control strings that the tokenizer's own chat template does not use, where the run's template is another one."""
+    doubled_end: str = ""
+    """An EOS after a terminator that is another token, as the template writes it; "" when there is none."""
+    sha256: str = ""
+    """Hash of the template as jinja, as manifests hold it."""
+
+
+def read_tokenizer_facts(tokenizer: Tokenizer, model: ModelFacts | None = None) -> TokenizerFacts:
+    """What the tokenizer does, beside what its files and those of the model say about it. Loads nothing again."""
+    folder = folder_of(tokenizer.source, needs="tokenizer_config.json")
+    settings = _settings(folder, "tokenizer_config.json")
+    with_specials = tokenizer.backend.encode("a b", add_special_tokens=True).ids
+    pieces = read_sentencepiece(folder / "tokenizer.model") if folder is not None else None
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    texts = {number: token for token, number in vocabulary.items()}
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return TokenizerFacts(
+        source=tokenizer.source,
+        kind=str(settings.get("tokenizer_class") or ""),
+        num_ids=len(vocabulary),
+        highest_id=max(vocabulary.values()),
+        bos=tokenizer.bos or None,
+        eos=tokenizer.eos,
+        pad=tokenizer.pad or None,
+        unk=tokenizer.unk or None,
+        ids={name: tokenizer.id_of(getattr(tokenizer, name)) for name in SPECIALS},
+        declared_ids=_declared_ids(folder, model, vocabulary),
+        sentencepiece_ids=dict(pieces.special_ids) if pieces else {},
+        added_tokens={token.content: number for number, token in added.items()},
+        files=tuple(sorted(path.name for path in folder.iterdir())) if folder is not None else (),
+        adds_bos=tokenizer.adds_bos,
+        adds_eos=bool(with_specials) and with_specials[-1] == tokenizer.eos_id,
+        asks_eos=bool(settings.get("add_eos_token")),
+        chat_template=tokenizer.chat_template,
+        model_max_length=_length(settings.get("model_max_length")),
+        legacy=settings["legacy"] if isinstance(settings.get("legacy"), bool) else None,
+        fingerprint=tokenizer.fingerprint,
+        slow_fast_difference=_slow_fast_difference(tokenizer, folder if pieces else None),
+        other_vocabulary=vocabulary_difference(pieces, texts) if pieces else "",
+        misplaced=_misplaced(tokenizer, pieces),
+    )
+
+
+def _settings(folder: Path | None, name: str) -> dict[str, Any]:
+    """A JSON file of settings; what cannot be read says nothing here (loading the tokenizer refused it already)."""
+    if folder is None or not (folder / name).is_file():
+        return {}
+    try:
+        content = read_json(folder / name)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _length(value: Any) -> int | None:
+    """`model_max_length`; transformers writes 10^30 for "no limit"."""
+    return int(value) if isinstance(value, (int, float)) and 0 < value < NO_LIMIT else None
+
+
+def _declared_ids(
+    folder: Path | None, model: ModelFacts | None, vocabulary: Mapping[str, int]
+) -> dict[str, dict[str, int | list[int] | None]]:
+    """By file: numbers as config.json and generation_config.json give them, names as the vocabulary numbers them."""
+    beside = model.folder if model is not None and model.folder is not None else folder
+    numbered = {
+        "config.json": dict(model.config) if model is not None else _settings(beside, "config.json"),
+        "generation_config.json": _settings(beside, "generation_config.json"),
+    }
+    inner = numbered["config.json"].get("text_config")
+    if isinstance(inner, dict):
+        numbered["config.json"] = {**inner, **numbered["config.json"]}
+    found: dict[str, dict[str, int | list[int] | None]] = {}
+    for file, settings in numbered.items():
+        keys = {name: settings.get(f"{name}_token_id") for name in SPECIALS}
+        found[file] = {name: key for name, key in keys.items() if isinstance(key, int) or _is_ids(key)}
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = _settings(folder, file)
+        named = {name: _content(settings[f"{name}_token"]) for name in SPECIALS if settings.get(f"{name}_token")}
+        found[file] = {name: vocabulary.get(token) for name, token in named.items()}
+    return {file: ids for file, ids in found.items() if ids}
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, int) for one in value)
+
+
+def _content(token: Any) -> str:
+    """Special tokens are written as text, or with how they strip spaces around them."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _misplaced(tokenizer: Tokenizer, pieces: SentencePieceFile | None) -> tuple[str, ...]:
+    """Special tokens of the tokenizer that tokenizer.model has at another id, or knows as ordinary text."""
+    found = []
+    for name, wanted in (pieces.special_ids if pieces else {}).items():
+        token = getattr(tokenizer, name, "")
+        number = tokenizer.id_of(token)
+        if pieces is None or number is None or number == wanted or number >= len(pieces.pieces):
+            continue
+        text, kind = pieces.pieces[number]
+        if kind in (NORMAL, UNKNOWN) or token == pieces.pieces[wanted][0]:
+            found.append(
+                f"{name}_token is {token!r} with id {number}; tokenizer.model has {pieces.pieces[wanted][0]!r} with id "
+                f"{wanted} for it, and {text!r} with id {number}"
+            )
+    return tuple(found)
+
+
+def _slow_fast_difference(tokenizer: Tokenizer, folder: Path | None) -> str:
+    """The first probe text that sentencepiece itself reads as other ids; "" too where it is not installed."""
+    if folder is None:
+        return ""
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        slow: Any = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (ImportError, OSError, RuntimeError):
+        return ""
+    for text in PROBE_TEXTS:
+        ids = slow.encode(text)
+        if ids != tokenizer.encode(text):
+            return f"{text!r}: tokenizer.model gives {ids[:12]}, tokenizer.json {tokenizer.encode(text)[:12]}"
+    return ""
+
+
+def read_template_facts(template: Template, tokenizer: Tokenizer) -> TemplateFacts:
+    """Render probe conversations with the run's template and look at their ids.
+
+    Raises UserError where not even a question and its answer can be rendered.
+    """
+    whole = probes.widest(template, tokenizer)
+    if whole is None:
+        template.render([probes.ASK, probes.REPLY])
+        raise AssertionError("the template took what it just refused")
+    plain = probes.probe(template, tokenizer, [probes.ASK, probes.REPLY])
+    prompt = probes.probe(template, tokenizer, [probes.ASK], asks=True)
+    terminator = template.terminator
+    is_own = isinstance(template, JinjaTemplate)
+    marks = probes.marks_in(whole.text, tokenizer)
+    own_marks = None if is_own else _own_marks(tokenizer)
+    return TemplateFacts(
+        name=template.name,
+        terminator=terminator,
+        terminator_ids=tuple(tokenizer.encode(terminator.strip())),
+        special_pieces={mark: tuple(tokenizer.encode(mark)) for mark in marks},
+        refusals=probes.refusals(template),
+        bos_at_start=probes.leading(plain.ids if plain else (), tokenizer.bos_id),
+        bos_in_prompt=probes.leading(prompt.ids if prompt else (), tokenizer.bos_id),
+        prompt_differs=probes.prompt_difference(template, tokenizer),
+        rewrites_earlier_turns=probes.rewrites_earlier_turns(template),
+        thinking_modes=probes.thinking_modes(template),
+        names_a_date=bool(getattr(template, "names_a_date", False)),
+        is_the_tokenizers_own=is_own,
+        knows_thinking=is_own and bool(probes.THINKING.search(template.as_jinja())),
+        split_marks=tuple(mark for mark in marks if _is_split(mark, tokenizer)),
+        foreign_marks=() if own_marks is None else tuple(mark for mark in marks if mark not in own_marks),
+        doubled_end=probes.doubled_end(whole, terminator=terminator, eos=tokenizer.eos),
+        sha256=sha256_of_text(template.as_jinja()),
+    )
+
+
+def _own_marks(tokenizer: Tokenizer) -> tuple[str, ...] | None:
+    """The control strings of the tokenizer's own chat template; None where it has none that renders."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        whole = probes.widest(find_template("tokenizer", tokenizer), tokenizer)
+    except UserError:
+        return None
+    return None if whole is None else probes.marks_in(whole.text, tokenizer)
+
+
+def _is_split(mark: str, tokenizer: Tokenizer) -> bool:
+    return not probes.SPLIT_BY_DESIGN.fullmatch(mark) and len(tokenizer.encode(mark)) > 1
