@@ -22,16 +22,14 @@ GIB = 2**30
 STEPS = 3
 HELD_OUT_ROWS = 8
 CHECKPOINT_LIMIT_GIB = 3.0
-FAMILIES_WITH_ZEROS = ("norm", "ln_", "layernorm", "layer_norm")
 
 
 def measure(setting: Setting, *, explains: bool = False) -> Record:
-    """Peaks of every phase in GiB: what tensors held (`allocated`), and what torch took from the driver (`reserved`)."""
+    """Peaks of every phase in GiB: what tensors held (`allocated`), what torch took from the driver (`reserved`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Peaks(device, explains=explains)
-    run, parts = None, {}
     with clock.phase("load"):
-        run, parts = _assembled(setting, device)
+        parts = _assembled(setting, device)
     batches, stepper, heldout, plain = parts["batches"], parts["stepper"], parts["heldout"], parts["plain"]
     last: Any = None
     longest = 0
@@ -97,12 +95,13 @@ class Peaks:
             known = self.figures.get(name, now)
             self.figures[name] = {key: round(max(known[key], value), 4) for key, value in now.items()}
             if self.explains and name in ("load", "steady", "evaluation") and name not in self.explained:
-                self.explained[name] = at_peak(torch.cuda.memory._snapshot()["device_traces"][0], name, self.explained)
+                taken: Any = torch.cuda.memory._snapshot()
+                self.explained[name] = at_peak(taken["device_traces"][0], self.explained)
 
         return measured()
 
 
-def at_peak(trace: list[dict[str, Any]], name: str, known: dict[str, Any]) -> dict[str, Any]:
+def at_peak(trace: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
     """Blocks alive when most was allocated since the events already looked at, grouped by size and by who asked."""
     start = max((entry["events"] for entry in known.values()), default=0)
     live: dict[int, int] = {}
@@ -140,7 +139,7 @@ def caller(frames: list[dict[str, Any]]) -> str:
     return " < ".join(named[:3]) or "autograd"
 
 
-def _assembled(setting: Setting, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _assembled(setting: Setting, device: torch.device) -> dict[str, Any]:
     """Model, optimiser and batches as `zhibei train` puts them together, on random weights and rows."""
     from zhibei.data.prepared import PreparedSet
     from zhibei.model import attention
@@ -179,7 +178,7 @@ def _assembled(setting: Setting, device: torch.device) -> tuple[Any, dict[str, A
         template="none",
     )
     batches, heldout = make_batches(run, rows, pad_token=0, device=device)
-    return run, {"batches": batches, "heldout": heldout, "stepper": stepper, "plain": plain}
+    return {"batches": batches, "heldout": heldout, "stepper": stepper, "plain": plain}
 
 
 def run_file(setting: Setting, device: torch.device) -> Any:
