@@ -53,8 +53,9 @@ class History:
     num_losses: int = 0
     lowest: float | None = None
     losses: deque[StepLoss] = field(default_factory=lambda: deque(maxlen=WINDOW + NOW))
-    highest_rate: float = 0.0
-    steps_near_highest_rate: int = 0
+    peak_rate: float | None = None
+    steps_at_full_rate: int = 0
+    """Steps at half the peak of the schedule or more."""
     skipped_in_row: int = 0
     skipped_steps: int = 0
     skipped_at_start: int = 0
@@ -97,8 +98,7 @@ class History:
         if self.first_loss is None:
             self.first_loss = loss
         rate = float(record.get("learning_rate") or 0.0)
-        self.highest_rate = max(self.highest_rate, rate)
-        self.steps_near_highest_rate += rate > 0 and rate >= self.highest_rate / 2
+        self.steps_at_full_rate += self.peak_rate is not None and 0 < self.peak_rate / 2 <= rate
         if len(self.losses) >= 2 * NOW - 1:
             # The newest NOW losses stay out: what is compared with the lowest level must not lower it.
             settled = float(np.median([one.loss for one in list(self.losses)[-2 * NOW + 1 : -NOW + 1]]))
@@ -119,6 +119,7 @@ class History:
         if record.get("event") not in ("started", "resumed"):
             return
         self.vocabulary = record.get("vocabulary", self.vocabulary)
+        self.peak_rate = record.get("peak_rate", self.peak_rate)
         self.look = {}
         self.waits.clear()
         self.rank_seconds.clear()

@@ -50,15 +50,17 @@ class Sighting:
 def exploding_loss(past: History) -> Sighting | None:
     """Most of the newest losses are far above the lowest level and above where the run began.
 
-    Far: twice that level, and six times the usual scatter. The first loss was computed before any update.
+    Far: six times the usual scatter, and twice that level or clearly worse than guessing. The first loss was computed
+    before any update.
     """
     losses = [one.loss for one in past.losses]
     if past.first_loss is None or len(losses) < NOW:
         return None
     now = float(np.median(losses[-NOW:]))
     low = past.first_loss if past.lowest is None else min(past.first_loss, past.lowest)
-    scatter = max(_scatter(losses[:-NOW]), 0.1 * abs(low))
-    if now <= 1.2 * past.first_loss or now <= max(2 * low, low + 6 * scatter):
+    scatter = max(_scatter(losses[:-NOW]), 0.05 * abs(low))
+    worse_than_guessing = 1.3 * math.log(past.vocabulary) if past.vocabulary else math.inf
+    if now <= max(1.2 * past.first_loss, low + 6 * scatter, min(2 * low, worse_than_guessing)):
         return None
     return Sighting(
         f"the loss is {now:.3g}, and was down at {low:.3g}",
@@ -87,17 +89,17 @@ def loss_spike(past: History) -> Sighting | None:
 
 
 def pinned_loss(past: History) -> Sighting | None:
-    """After many steps at a full rate the loss is still that of guessing among all tokens, and does not move."""
-    if not past.vocabulary or past.steps_near_highest_rate < PINNED_STEPS or len(past.losses) < PINNED_STEPS:
+    """After many steps at a full rate the loss is no better than guessing among all tokens, and does not fall."""
+    if not past.vocabulary or past.steps_at_full_rate < PINNED_STEPS or len(past.losses) < PINNED_STEPS:
         return None
     losses = [one.loss for one in past.losses][-PINNED_STEPS:]
     chance = math.log(past.vocabulary)
     first, last = float(np.median(losses[: PINNED_STEPS // 2])), float(np.median(losses[PINNED_STEPS // 2 :]))
-    if abs(last - chance) > PINNED_WITHIN * chance or first - last > 0.002 * chance:
+    if last < (1 - PINNED_WITHIN) * chance or first - last > 0.005 * chance:
         return None
     return Sighting(
-        f"the loss stays at {last:.3f}, which is ln({past.vocabulary:,}) = {chance:.3f}: the model only guesses",
-        "check that the weights belong to this config.json and tokenizer (zhibei check, zhibei rehearse)",
+        f"the loss stays at {last:.3f}; guessing among all tokens has ln({past.vocabulary}) = {chance:.3f}",
+        "check that the weights belong to this config.json and tokenizer (zhibei rehearse), and the learning rate",
         _newest(past),
         is_worth_saving=False,
     )

@@ -5,7 +5,6 @@ Watchdogs, progress lines and reports reach the loop as `watch`, a function of o
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.config.resolve import ResolvedRun
 from zhibei.data.prepared import PreparedSet
 from zhibei.store.checkpoint import list_steps, prune
+from zhibei.store.files import free_bytes
 from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
@@ -94,6 +94,7 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
         total_steps=batches.num_steps,
         total_rows=len(materials.rows.train),
         vocabulary=materials.model.head.weight.shape[0],
+        peak_rate=peak,
     )
     stepper.remember_weights()
     if progress.step == 0:
@@ -211,7 +212,7 @@ def disk(materials: Materials, run_dir: RunDir) -> dict[str, int]:
     written = model.trainable() if model.hf is not model.inner else dict(model.hf.named_parameters())
     tensors = [*model.trainable().values(), *materials.stepper.optimizer.tensors().values()]
     return {
-        "free_bytes": shutil.disk_usage(run_dir.path).free,
+        "free_bytes": free_bytes(run_dir.path),
         "checkpoint_bytes": sum(tensor.nbytes for tensor in tensors),
         "model_bytes": sum(tensor.nbytes for tensor in written.values()),
     }
