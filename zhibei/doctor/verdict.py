@@ -20,7 +20,7 @@ Verdict = Literal["known", "unknown", "own", "nothing"]
 GENERAL_AREA = "messages"
 CONSEQUENCES = frozenset({"nccl-timeout-rank0-tokenising", "child-process-failed", "other-rank-died"})
 """What a job shows after another of its processes has died; a cause only where nothing else is."""
-HARMLESS = frozenset({"ignorable-missing-inv-freq", "harmless-warning"})
+HARMLESS = frozenset({"ignorable-missing-inv-freq", "notice-without-harm"})
 """Messages that people stop sound runs for."""
 RELATED = {
     "cuda-out-of-memory": ("memory", "resume"),
@@ -104,12 +104,15 @@ def judge(
     unknown = _roots(errors, evidence)
     ranked: list[tuple[tuple[float, ...], Candidate]] = []
     harmless: list[Candidate] = []
+    notices = {one.line for name in HARMLESS for one in evidence.get(name, ())}
     for name, lines in evidence.items():
         if name in HARMLESS:
             harmless.append(Candidate(catalogue[name], 0.9, tuple(lines[:3])))
             continue
         tier, best = min(((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: pair[0])
         tier = _tier_by_company(name, tier, best, evidence, catalogue)
+        if best.line in notices and tier >= 2:
+            tier = 6.0
         says = (best, *(one for one in lines if one is not best))
         ranked.append(((tier, best.line, -best.weight), Candidate(catalogue[name], _confidence(tier), says[:3])))
     ranked += _by_figures(signatures, catalogue, {candidate.pitfall.id for _, candidate in ranked})

@@ -30,14 +30,15 @@ AREAS = (
     "gguf",
     "serving",
     "evaluation",
+    "messages",
 )
 
 
 def load_catalogue() -> dict[str, Pitfall]:
-    """Every pitfall by id, in the order of AREAS and of their files (`labels.py`, then `labels_more.py`)."""
+    """Every pitfall by id, in the order of AREAS and of their files (`labels.py`, then any `labels_*.py`)."""
     files = sorted(module.name for module in iter_modules(__path__))
     for area in AREAS:
         for name in files:
-            if name in (area, f"{area}_more"):
+            if name == area or name.startswith(f"{area}_"):
                 import_module(f"zhibei.doctor.pitfalls.{name}")
     return CATALOGUE
