@@ -142,8 +142,8 @@ FIELDS: dict[str, Read | None] = {
 }
 OWN_NAMES = {
     "name": "name", "cores": "cpu_cores", "cpu_flags": "cpu_flags", "host_memory": "host_gib",
-    "host_free": "host_free_gib", "shared_memory": "shared_memory_gib", "disk_free": "disk_free_gib", "gpu_link": "gpu_link",
-    "node_link": "node_link_gb_per_s",
+    "host_free": "host_free_gib", "shared_memory": "shared_memory_gib", "disk_free": "disk_free_gib",
+    "gpu_link": "gpu_link", "node_link": "node_link_gb_per_s",
 }  # fmt: skip
 CARD_FIELDS: dict[str, Read] = {
     "name": (_text, "text"),
@@ -188,7 +188,7 @@ class _Reader:
         return found
 
     def card(self, field: str, value: Any) -> tuple[Card, Gpu]:
-        """A card by name, or described by its numbers; what it leaves out comes from the table if that knows the name."""
+        """A card by name, or described by its numbers; the rest comes from the table if that knows the name."""
         if isinstance(value, str):
             card = card_of(value, where=self.place(field))
             return card, gpu_of(card)

@@ -1,9 +1,17 @@
-"""The software around a run: packages, torch build, drivers, compilers, variables, launch. Knows no run file."""
+"""The software around a run: packages, torch build, drivers, compilers, variables, launch. Knows no way to read them.
+
+`zhibei/doctor/facts/environment_reader.py` reads them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zhibei.config.run import RunFile
+    from zhibei.plan.machines import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,8 @@ class Launch:
     master_resolves: bool = True
     port_owner: str = ""
     """Who holds the master port on this machine; "" when it is free or not asked for."""
+    unreadable: tuple[str, ...] = ()
+    """Variables whose value is no number: `WORLD_SIZE=four`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +62,18 @@ class EnvironmentFacts:
     interfaces: tuple[str, ...] = ()
     gpu_faults: tuple[str, ...] = ()
     """Cards that report errors: `GPU 3: 12 uncorrectable ECC errors`."""
+    physical_gpus: int | None = None
+    """Cards in this machine, before CUDA_VISIBLE_DEVICES hides some; None when no driver told."""
+    model_types: frozenset[str] = frozenset()
+    """Values of `model_type` in config.json that the installed transformers knows; empty when that is not known."""
+    unmet: tuple[str, ...] = ()
+    """Packages that are missing or outside the range zhibei asks for: `transformers 4.27.0, needed >=5.17,<6`."""
     trials: Mapping[str, str] = field(default_factory=dict)
     launch: Launch = Launch()
+
+
+def read_environment(run: RunFile | None = None, *, machine: Machine | None = None) -> EnvironmentFacts:
+    """What is installed and set here (`zhibei/doctor/facts/environment_reader.py`)."""
+    from zhibei.doctor.facts.environment_reader import read_environment as read
+
+    return read(run, machine=machine)

@@ -76,7 +76,7 @@ def gather_facts(
     run, parts = resolved.run, Parts()
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="facts") as beside:
         # Looking at the machine waits for other programs, so it goes on beside the reading of rows.
-        environment = beside.submit(parts.get, "environment", _read_environment)
+        environment = beside.submit(parts.get, "environment", lambda: _read_environment(run, machine))
         around = beside.submit(parts.get, "machine", _read_machine) if machine is None else None
         words = _read_words(run, parts)
         rows = _read_rows(run, words, parts, on_rows)
@@ -102,10 +102,10 @@ class Words:
     template: Template | None = None
 
 
-def _read_environment() -> EnvironmentFacts:
+def _read_environment(run: RunFile, machine: Machine | None) -> EnvironmentFacts:
     from zhibei.doctor.facts.environment import read_environment
 
-    return read_environment()
+    return read_environment(run, machine=machine)
 
 
 def _read_machine() -> Machine:
