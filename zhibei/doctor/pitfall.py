@@ -130,7 +130,7 @@ def pitfall(
 
 def pages_of(text: str, name: str) -> tuple[Page, Page]:
     """The English and the Chinese page of a docstring. Raises ValueError naming the part that is missing."""
-    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip())]
+    paragraphs = [_one_line(part) for part in re.split(r"\n\s*\n", text.strip())]
     try:
         why, fix = _place(paragraphs, "Why:"), _place(paragraphs, "Fix:")
         zh_why, zh_fix = _place(paragraphs, "为何："), _place(paragraphs, "办法：")
@@ -141,6 +141,12 @@ def pages_of(text: str, name: str) -> tuple[Page, Page]:
     english = Page(paragraphs[0], _joined(paragraphs[why:fix]), _joined(paragraphs[fix : zh_why - 1]))
     chinese = Page(paragraphs[zh_why - 1], _joined(paragraphs[zh_why:zh_fix]), _joined(paragraphs[zh_fix:]))
     return english, chinese
+
+
+def _one_line(paragraph: str) -> str:
+    """Lines joined by a space, except between Chinese characters, which are written without one."""
+    joined = " ".join(paragraph.split())
+    return re.sub(r"(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])", "", joined)
 
 
 def _place(paragraphs: list[str], label: str) -> int:

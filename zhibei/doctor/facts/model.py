@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import LoraSection, ModelSection
@@ -16,15 +16,13 @@ from zhibei.doctor.facts.places import folder_of
 from zhibei.doctor.facts.tensor_names import embedding_name, head_name, linear_names, main_dtype, module_names
 from zhibei.doctor.facts.weight_scan import scan_weights
 from zhibei.model.locate import locate
+from zhibei.plan.shapes import ModelShape, read_shape
 from zhibei.store.files import read_json
 from zhibei.store.headers import read_header
 from zhibei.store.manifest import model_fingerprint, read_manifest
 from zhibei.store.model_folder import PICKLE_SUFFIXES, shape_problems
 from zhibei.store.run_dir import RunDir
 from zhibei.store.weights import inspect_weight_files
-
-if TYPE_CHECKING:
-    from zhibei.plan.shapes import ModelShape
 
 ADAPTER_CONFIG = "adapter_config.json"
 WILD_VALUE = 1e4
@@ -70,6 +68,8 @@ class ModelFacts:
     """Where model.path is an adapter: its folder. The other facts are then those of its base."""
     weight_faults: tuple[str, ...] = ()
     """What is wrong with weight files or their index (`file: truncated to 1,000 of 2,000 bytes`)."""
+    shape_fault: str = ""
+    """Why `shape` is not known."""
     shape_faults: tuple[str, ...] = ()
     """Where the tensors are not those that config.json promises."""
     zero_tensors: tuple[str, ...] = ()
@@ -120,12 +120,15 @@ def read_model(section: ModelSection, lora: LoraSection, *, cache: Path | None =
     embedding, head = embedding_name(tensors), head_name(tensors)
     generation = _settings(folder / "generation_config.json")
     run = found.run.path if found.run is not None else folder.parent if folder.name == "model" else None
+    shape, shape_fault = _shape_of(config, tensors)
     return ModelFacts(
         path=section.path,
         folder=folder,
         config=config,
         generation_config=generation,
         generation_config_fault=generation_fault(generation) if generation else "",
+        shape=shape,
+        shape_fault=shape_fault,
         tensors=tensors,
         module_names=module_names(tensors),
         linear_names=linear_names(tensors),
@@ -161,6 +164,16 @@ def _settings(path: Path) -> dict[str, Any] | None:
             where=str(path),
         )
     return content
+
+
+def _shape_of(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[ModelShape | None, str]:
+    """The sizes, or why they are not known: an unknown family must not hide the other facts."""
+    try:
+        return read_shape(config, tensors or None), ""
+    except UserError as fault:
+        return None, fault.what
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -66,6 +66,8 @@ class TokenizerFacts:
     """An example text whose ids differ between the slow and the fast tokenizer; "" when none does."""
     other_vocabulary: str = ""
     """How tokenizer.model and tokenizer.json differ where they are of two vocabularies; "" when they agree."""
+    other_than_models: str = ""
+    """How its vocabulary differs from that of the tokenizer beside the model's weights; "" when it does not."""
     misplaced: tuple[str, ...] = ()
     """Special tokens that tokenizer.model has at another id."""
 
@@ -134,6 +136,7 @@ def read_tokenizer_facts(tokenizer: Tokenizer, model: ModelFacts | None = None) 
         fingerprint=tokenizer.fingerprint,
         slow_fast_difference=_slow_fast_difference(tokenizer, folder if pieces else None),
         other_vocabulary=vocabulary_difference(pieces, texts) if pieces else "",
+        other_than_models=_other_than_models(texts, model.folder if model is not None else None, folder),
         misplaced=_misplaced(tokenizer, pieces),
     )
 
@@ -201,6 +204,32 @@ def _misplaced(tokenizer: Tokenizer, pieces: SentencePieceFile | None) -> tuple[
                 f"{wanted} for it, and {text!r} with id {number}"
             )
     return tuple(found)
+
+
+def _other_than_models(texts: Mapping[int, str], beside: Path | None, folder: Path | None) -> str:
+    """An example where more than 1 in 100 ids are other tokens than in the tokenizer.json beside the weights."""
+    if beside is None or folder is None or beside.samefile(folder):
+        return ""
+    try:
+        theirs: dict[str, int] = _vocabulary(read_json(beside / "tokenizer.json"))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return ""  # none there, or one that only the tokenizers library can read
+    wrong = [(number, token) for token, number in theirs.items() if texts.get(number, token) != token]
+    if len(wrong) <= len(theirs) / 100:
+        return ""
+    number, token = wrong[0]
+    return (
+        f"{len(wrong):,} of {len(theirs):,} ids are other tokens than in {beside / 'tokenizer.json'}: e.g. {number} is "
+        f"{texts[number]!r} here and {token!r} there"
+    )
+
+
+def _vocabulary(spec: Any) -> dict[str, int]:
+    """Tokens and ids of a tokenizer.json: a mapping (BPE, WordPiece), or a list in the order of ids (Unigram)."""
+    named = spec["model"]["vocab"]
+    if isinstance(named, list):
+        named = {str(piece[0]): number for number, piece in enumerate(named)}
+    return {**named, **{str(one["content"]): int(one["id"]) for one in spec.get("added_tokens") or []}}
 
 
 def _slow_fast_difference(tokenizer: Tokenizer, folder: Path | None) -> str:

@@ -13,6 +13,7 @@ AREAS = (
     "precision",
     "memory",
     "data",
+    "model",
     "tokenizer",
     "template",
     "labels",
