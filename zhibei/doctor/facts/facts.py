@@ -46,6 +46,8 @@ class Facts:
     resolved: ResolvedRun | None = None
     model: ModelFacts | None = None
     adapter: AdapterFacts | None = None
+    reward: ModelFacts | None = None
+    """Stage ppo: the model behind ppo.reward_model; the tensors of an adapter are among those of its base."""
     tokenizer: TokenizerFacts | None = None
     template: TemplateFacts | None = None
     rows: RowFacts | None = None

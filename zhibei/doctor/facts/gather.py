@@ -22,7 +22,7 @@ from zhibei.data.records import BrokenRecord
 from zhibei.data.steps import num_steps_of, require_steps
 from zhibei.doctor.facts.environment import EnvironmentFacts
 from zhibei.doctor.facts.facts import Defect, Facts
-from zhibei.doctor.facts.model import read_adapter_facts, read_model, with_row_norms
+from zhibei.doctor.facts.model import ModelFacts, read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
 from zhibei.doctor.facts.rows import PairFacts, RowFacts
 from zhibei.doctor.facts.text import read_template_facts, read_tokenizer_facts
@@ -87,7 +87,7 @@ def gather_facts(
             output=parts.get("output", lambda: read_output(run_dir_of(run), resume=resume)),
             is_resumed=resume is not None,
         )
-    facts = _with_model(facts, parts)
+    facts = _with_reward(_with_model(facts, parts), parts)
     facts = _with_text(facts, words, parts)
     facts = _with_row_norms(facts, parts)
     facts = _with_rows(facts, words, rows, parts)
@@ -191,6 +191,25 @@ def _with_model(facts: Facts, parts: Parts) -> Facts:
     if folder is None:
         return replace(facts, model=model)
     return replace(facts, model=model, adapter=parts.get("adapter", lambda: read_adapter_facts(Path(folder))))
+
+
+def _with_reward(facts: Facts, parts: Parts) -> Facts:
+    path = facts.run.ppo.reward_model
+    if facts.run.stage != "ppo" or path is None:
+        return facts
+    return replace(facts, reward=parts.get("reward model", lambda: _read_reward(facts.run, path)))
+
+
+def _read_reward(run: RunFile, path: str) -> ModelFacts:
+    section = run.model.model_copy(update={"path": path, "revision": None})
+    try:
+        reward = read_model(section, run.lora, cache=cache_root(run.data.cache))
+        folder = locate(path).adapter
+        tensors = read_adapter_facts(folder).tensors if folder is not None else {}
+    except UserError as fault:
+        where = "ppo.reward_model" if fault.where in ("", "model.path") else fault.where
+        raise UserError(fault.what, expected=fault.expected, fix=fault.fix, where=where) from fault
+    return replace(reward, tensors={**reward.tensors, **tensors})
 
 
 def _with_text(facts: Facts, words: Words, parts: Parts) -> Facts:
