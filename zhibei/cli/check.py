@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from zhibei.cli import console
-from zhibei.cli.progress import ProgressLine, choose_mode
+from zhibei.cli.progress import Mode, ProgressLine, choose_mode
 from zhibei.config.errors import DONE, USER_MUST_ACT, UserError
 from zhibei.config.read import read_what_is_sound, recipe_names
 from zhibei.config.resolve import ResolvedRun, yaml_value
+from zhibei.store.run_dir import RunDir
 
 if TYPE_CHECKING:
     from zhibei.doctor.checkup import Checkup, Found
@@ -70,7 +71,8 @@ def check(
     if resolved is None:
         assert fault is not None
         raise fault
-    facts, found = examine(resolved, fault, machine=machine_of(machine), area=_area(area), quiet=json)
+    wanted: dict[str, Any] = {"machine": machine_of(machine), "area": _area(area), "resume": _resumed(run)}
+    facts, found = examine(resolved, fault=fault, mode=choose_mode(quiet=json), **wanted)
     repaired = _repair(run, resolved, found) if fix else None
     mended = _write(repaired, run, resolved) if repaired is not None and fault is None else None
     if json:
@@ -87,7 +89,7 @@ def check(
     if mended is not None:
         resolved, _ = read_what_is_sound(mended, overrides)
         assert resolved is not None
-        _, found = examine(resolved, None, machine=machine_of(machine), area=area, quiet=True)
+        _, found = examine(resolved, **wanted)
         if not json:
             verdict = "still has findings that stop it" if found.blocks else "has nothing that stops it"
             console.stdout.print(f"{mended} {verdict}.")
@@ -95,17 +97,24 @@ def check(
 
 
 def examine(
-    resolved: ResolvedRun, fault: UserError | None, *, machine: Machine | None, area: str = "", quiet: bool = False
+    resolved: ResolvedRun,
+    *,
+    fault: UserError | None = None,
+    machine: Machine | None = None,
+    resume: RunDir | None = None,
+    area: str = "",
+    mode: Mode = "quiet",
 ) -> tuple[Facts, Checkup]:
-    """The facts of a run and what the checks say of them; `fault` is what the run file itself was refused for."""
+    """The facts of a run and what the checks say of them. `fault`: why the run file itself was refused. `resume`: the
+    run goes on in that directory."""
     from dataclasses import replace
 
     from zhibei.config.errors import SeveralErrors
     from zhibei.doctor.checkup import check as check_facts
     from zhibei.doctor.facts.gather import gather_facts
 
-    with ProgressLine(choose_mode(quiet=quiet)) as line:
-        facts = gather_facts(resolved, machine=machine, on_rows=lambda done, _about: line.rows(done))
+    with ProgressLine(mode) as line:
+        facts = gather_facts(resolved, machine=machine, on_rows=lambda done, _about: line.rows(done), resume=resume)
     if fault is not None:
         own = fault.errors if isinstance(fault, SeveralErrors) else (fault,)
         facts = replace(facts, faults=(*own, *facts.faults))
@@ -114,9 +123,11 @@ def examine(
 
 def machine_of(text: str) -> Machine | None:
     """The machine that `--machine` describes; None without one."""
+    if not text:
+        return None
     from zhibei.doctor.facts.machine import machine_for
 
-    return machine_for(text) if text else None
+    return machine_for(text)
 
 
 def _area(name: str) -> str:
@@ -139,6 +150,12 @@ def _repair(run: str, resolved: ResolvedRun, found: Checkup) -> Repair:
     from zhibei.doctor.repair import repair
 
     return repair(resolved, found.findings, file=_file_of(run))
+
+
+def _resumed(run: str) -> RunDir | None:
+    """A run directory is checked for going on in it."""
+    directory = RunDir(Path(run))
+    return directory if run not in recipe_names() and directory.manifest.is_file() else None
 
 
 def _file_of(run: str) -> Path | None:

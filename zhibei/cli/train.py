@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zhibei.cli import console
+from zhibei.cli.check import examine, lines_of
 from zhibei.cli.progress import ProgressLine, choose_mode
-from zhibei.config.errors import UserError
+from zhibei.config.errors import USER_MUST_ACT, UserError
 from zhibei.config.read import read_run
 from zhibei.config.resolve import ResolvedRun
+from zhibei.store.files import write_json_atomic
 from zhibei.store.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from zhibei.data.prepared import PreparedSet
+    from zhibei.doctor.checkup import Checkup
 
 
 def train(run: str, /, *overrides: str, dry_run: bool = False, quiet: bool = False, json: bool = False) -> int | None:
@@ -79,20 +82,18 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
     return _train(read_run(str(directory.resolved)), directory, quiet=quiet, as_json=json)
 
 
-def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> None:
+def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> int | None:
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.beginning import run_dir_of
     from zhibei.train.sft import train
 
+    found = _checked(resolved, resumed, quiet=quiet, as_json=as_json)
+    if found.blocks:
+        return _refused(found, quiet=quiet, as_json=as_json)
     with ProgressLine(choose_mode(quiet=quiet, as_json=as_json)) as line:
+        noting = _noting(found, resumed or run_dir_of(resolved.run), line)
         try:
-            run_dir = train(
-                resolved,
-                watch=watch_over(resolved.run, also=line, resumed=resumed),
-                resume=resumed,
-                on_rows=lambda done, _text: line.rows(done),
-                on_audit=None if quiet or as_json else _show_audit(line),
-            )
+            run_dir = train(resolved, watch=watch_over(resolved.run, also=noting, resumed=resumed), resume=resumed)
         except BaseException:
             # The page of a run that stopped is worth having; what stopped it is what must be told.
             with contextlib.suppress(Exception):
@@ -100,13 +101,58 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
             raise
         _report(run_dir)
     if as_json:
-        return
+        return None
     console.stdout.print(
         f"\n{run_dir.model} is trained and proved.\n"
         f"  talk to it:  zhibei chat {run_dir.path}\n"
         f"  look at it:  {run_dir.report}\n"
         f"  check it:    zhibei verify {run_dir.path}"
     )
+    return None
+
+
+def _checked(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> Checkup:
+    """What `zhibei check` says of the run, shown with the audit of its rows; no weights are loaded."""
+    from zhibei.data.audit import format_audit
+
+    facts, found = examine(resolved, resume=resumed, mode=choose_mode(quiet=quiet or as_json))
+    if not quiet and not as_json:
+        if facts.rows is not None and facts.rows.audit:
+            console.stderr.print(format_audit(dict(facts.rows.audit)))
+        if not _is_one_refusal(found):
+            for line in lines_of(found):
+                console.stderr.print(line)
+    return found
+
+
+def _refused(found: Checkup, *, quiet: bool, as_json: bool) -> int:
+    """The exit code of a run that must not start. Raises the refusal where nothing was shown yet."""
+    if as_json:
+        console.emit_error({**found.as_error().as_dict(), "exit_code": USER_MUST_ACT, "check": found.as_dict()})
+    elif quiet or _is_one_refusal(found):
+        raise found.as_error()
+    else:
+        stops = sum(one.blocks for one in found.findings)
+        counted = "1 finding stops" if stops == 1 else f"{stops} findings stop"
+        console.stderr.print(f"{counted} this run. No weights were loaded, and nothing was written.", style="bold red")
+    return USER_MUST_ACT
+
+
+def _is_one_refusal(found: Checkup) -> bool:
+    """A single refusal is shown as the error it is, as every command shows errors."""
+    return len(found.findings) == 1 and found.findings[0].fault is not None
+
+
+def _noting(found: Checkup, run_dir: RunDir, watch: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    """Passes records on; the first one comes when training has made its directory, which then gets check.json."""
+    pending = [found]
+
+    def note(record: dict[str, Any]) -> Any:
+        if pending:
+            write_json_atomic(run_dir.check, pending.pop().as_dict())
+        return watch(record)
+
+    return note
 
 
 def _report(run_dir: RunDir) -> None:
@@ -116,25 +162,23 @@ def _report(run_dir: RunDir) -> None:
         write_report(run_dir)
 
 
-def _show_audit(line: ProgressLine) -> Any:
-    from zhibei.data.audit import format_audit
-
-    def show(rows: PreparedSet) -> None:
-        line.close()
-        console.stderr.print(format_audit(rows.audit))
-
-    return show
-
-
-def _dry_run(resolved: ResolvedRun, *, as_json: bool, quiet: bool) -> None:
+def _dry_run(resolved: ResolvedRun, *, as_json: bool, quiet: bool) -> int | None:
     from zhibei.data.audit import format_audit
     from zhibei.train.materials import plan_without_model
 
-    with ProgressLine(choose_mode(quiet=quiet or as_json)) as line:
-        rows, plan = plan_without_model(resolved, on_rows=lambda done, _text: line.rows(done))
+    _, found = examine(resolved, mode=choose_mode(quiet=quiet or as_json))
+    if found.blocks:
+        if not quiet and not as_json and not _is_one_refusal(found):
+            for line in lines_of(found):
+                console.stderr.print(line)
+        return _refused(found, quiet=quiet, as_json=as_json)
+    rows, plan = plan_without_model(resolved)
     if as_json:
-        console.emit({"plan": plan, "audit": rows.audit}, as_json=True)
-        return
+        console.emit({"plan": plan, "audit": rows.audit, "check": found.as_dict()}, as_json=True)
+        return None
     console.emit(format_audit(rows.audit))
     console.stdout.print("\n".join(f"{name.replace('_', ' '):24} {value}" for name, value in plan.items()))
+    for line in lines_of(found):
+        console.stdout.print(line)
     console.stdout.print("Nothing was trained or written (--dry-run).")
+    return None

@@ -25,6 +25,10 @@ class RunDir:
         return self.path / "manifest.json"
 
     @property
+    def check(self) -> Path:
+        return self.path / "check.json"
+
+    @property
     def audit(self) -> Path:
         return self.path / "audit.json"
 
