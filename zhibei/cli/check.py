@@ -191,7 +191,9 @@ def _finding_text(one: Found) -> Text:
     text.append(f"  {one.area + ', ' if one.area else ''}{LOSSES[one.cost]}\n", style="dim")
     text.append(f"  {finding.what}\n")
     _part(text, "where", finding.where)
-    if one.title:
+    if one.fault is not None:
+        _part(text, "wanted", one.fault.expected)
+    elif one.title:
         _part(text, "why", one.title)
     _part(text, "to do", finding.to_do, style="green")
     if finding.changes:

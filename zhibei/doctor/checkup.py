@@ -116,8 +116,7 @@ def found_of(fault: UserError, catalogue: Mapping[str, Pitfall] | None = None) -
     entry = (catalogue or load_catalogue()).get(fault.pitfall)
     finding = Finding(what=fault.what, where=fault.where or "the run", to_do=fault.fix, level="stop")
     if entry is None:
-        expected = f"expected: {fault.expected}"
-        return Found("", "", "launch", finding, title=expected, why=expected, fault=fault)
+        return Found("", "", "launch", finding, why=f"expected: {fault.expected}", fault=fault)
     return Found(entry.id, entry.area, entry.cost, finding, entry.english.title, entry.english.why, fault)
 
 

@@ -82,6 +82,11 @@ class Pitfall:
     sources: tuple[str, ...] = ()
 
 
+# Chinese is written without spaces: a line break of the source leaves none.
+LINE_BREAK_IN_CHINESE = re.compile(
+    r"(?<=[\u3000-\u9fff\uff00-\uffef\u201c\u201d]) (?=[\u3000-\u9fff\uff00-\uffef\u201c\u201d])"
+)
+
 CATALOGUE: dict[str, Pitfall] = {}
 """Every pitfall by id; filled when `zhibei.doctor.pitfalls.load_catalogue` imports the areas."""
 
@@ -140,7 +145,7 @@ def pages_of(text: str, name: str) -> tuple[Page, Page]:
         raise ValueError(f"the page of {name} is not in the order title, Why, Fix, 标题, 为何, 办法")
     english = Page(paragraphs[0], _joined(paragraphs[why:fix]), _joined(paragraphs[fix : zh_why - 1]))
     chinese = Page(paragraphs[zh_why - 1], _joined(paragraphs[zh_why:zh_fix]), _joined(paragraphs[zh_fix:]))
-    return english, chinese
+    return english, Page(*(LINE_BREAK_IN_CHINESE.sub("", text) for text in (chinese.title, chinese.why, chinese.fix)))
 
 
 def _one_line(paragraph: str) -> str:
