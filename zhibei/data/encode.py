@@ -17,7 +17,8 @@ import numpy as np
 
 from zhibei.config.errors import UserError
 from zhibei.data.mix import HASH_BYTES, content_hash
-from zhibei.data.records import Conversation, Origin, PlainText, Record
+from zhibei.data.records import STAGE_OF_KIND, Conversation, Origin, PlainText, Record
+from zhibei.data.remarks import Remark, asked_of, joined, said_hash, suspicions
 from zhibei.text.messages import Message
 from zhibei.text.supervision import Layout, Mode, border_merges, lay_out, learned_intervals, supervised_tokens
 from zhibei.text.template import Rendered, Span, Template
@@ -60,6 +61,7 @@ class Wording:
 
 
 FACTS = (
+    "number",
     "source",
     "tokens",
     "tokens_before_cut",
@@ -73,7 +75,7 @@ FACTS = (
     "special",
     "continues",
 )
-"""`continues`: a later chunk of a long text, which begins without BOS."""
+"""`number`: the running number of the record. `continues`: a later chunk of a long text, which begins without BOS."""
 
 
 @dataclass
@@ -90,12 +92,17 @@ class Chunk:
     num_read: int
     prompts: dict[str, int] = field(default_factory=dict)
     """How many prompts were compared with the row they belong to: `equal`, `merged`, `different`."""
+    said: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Hashes of what each row says and of its question alone ("" for plain text); see `zhibei.data.remarks`."""
+    suspicious: dict[str, Remark] = field(default_factory=dict)
 
 
 @dataclass
 class _Row:
     """A record that has become text."""
 
+    number: int
     source: int
     origin: Origin
     text: str
@@ -138,12 +145,18 @@ def render_record(record: Record, wording: Wording) -> tuple[Rendered, tuple[Mes
     if isinstance(record, Conversation):
         messages = with_system(record.messages, wording.system)
         return wording.template.render(messages, tools=record.tools), messages
+    what, stage = STAGE_OF_KIND[type(record).__name__]
     raise UserError(
-        f"a row of kind {type(record).__name__.lower()} has no answer to imitate",
+        f"the records are {what}, and stage: sft imitates answers",
         expected="conversations, instructions with an output, or plain text",
-        fix="use this file for the stage it is made for, or name the fields with `columns`",
+        fix=f"set stage: {stage}, which they are made for, or name the fields with `columns`",
         where=str(record.origin),
     )
+
+
+def encode_rows(numbered: Sequence[tuple[int, int, Record]], wording: Wording) -> Chunk:
+    """`encode_records`, and what the rules of `clean` find in the records."""
+    return replace(encode_records(numbered, wording), suspicious=suspicions(record for _, _, record in numbered))
 
 
 def encode_records(numbered: Sequence[tuple[int, int, Record]], wording: Wording) -> Chunk:
@@ -152,7 +165,7 @@ def encode_records(numbered: Sequence[tuple[int, int, Record]], wording: Wording
     rows: list[_Row] = []
     checked: list[int] = []
     for number, source, record in numbered:
-        row = _to_row(source, record, wording=wording, ledger=ledger)
+        row = _to_row(number, source, record, wording=wording, ledger=ledger)
         if row is None:
             continue
         if number < CHECKED_FIRST or number % CHECKED_EVERY == 0:
@@ -174,7 +187,7 @@ def encode_records(numbered: Sequence[tuple[int, int, Record]], wording: Wording
     return chunk
 
 
-def _to_row(source: int, record: Record, *, wording: Wording, ledger: list[dict[str, Any]]) -> _Row | None:
+def _to_row(number: int, source: int, record: Record, *, wording: Wording, ledger: list[dict[str, Any]]) -> _Row | None:
     try:
         rendered, messages = render_record(record, wording)
     except UserError as error:
@@ -204,6 +217,7 @@ def _to_row(source: int, record: Record, *, wording: Wording, ledger: list[dict[
         detail = "the last user turns had no answer and were cut off"
         ledger.append(ledger_entry(record.origin, action="changed", reason="unanswered", detail=detail))
     return _Row(
+        number=number,
         source=source,
         origin=record.origin,
         text=rendered.text,
@@ -232,6 +246,7 @@ def _facts(
     found_I = (last_I >= 0) & (last_I < limit_I) & (ends_I > starts_I)
     found_I &= supervised[np.maximum(last_I, 0)] if len(supervised) else False
     return {
+        "number": np.array([row.number for row in rows], dtype=np.int64),
         "source": np.array([row.source for row in rows], dtype=np.int64),
         "answers": np.array([len(turns) for turns in chosen], dtype=np.int64),
         "terminators": np.bincount(rows_I, minlength=num_rows).astype(np.int64),
@@ -300,6 +315,8 @@ def _keep(
         hashes=[piece[4] for piece in kept],
         ledger=ledger,
         num_read=0,
+        said=[piece[4] if rows[piece[0]].is_plain else said_hash(rows[piece[0]].messages) for piece in kept],
+        asked=["" if rows[piece[0]].is_plain else said_hash(asked_of(rows[piece[0]].messages)) for piece in kept],
     )
 
 
@@ -368,4 +385,7 @@ def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
         ledger=[one for chunk in chunks for one in chunk.ledger],
         num_read=sum(chunk.num_read for chunk in chunks),
         prompts=prompts,
+        said=[one for chunk in chunks for one in chunk.said],
+        asked=[one for chunk in chunks for one in chunk.asked],
+        suspicious=joined(chunk.suspicious for chunk in chunks),
     )

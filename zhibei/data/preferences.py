@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -58,6 +59,7 @@ def check_pair(prompt: tuple[Message, ...], chosen: tuple[Message, ...], rejecte
                 "empty answer",
                 expected="some text (a model would learn only that it is longer)",
                 fix="fill it, or on_error: drop",
+                kind="empty",
             )
     if chosen == rejected:
         raise Fault(
@@ -65,6 +67,7 @@ def check_pair(prompt: tuple[Message, ...], chosen: tuple[Message, ...], rejecte
             f"equal to 'chosen': {excerpt(chosen[-1].content, 40)}",
             expected="two different answers",
             fix="remove the record, or on_error: drop",
+            kind="identical",
         )
 
 
@@ -84,9 +87,12 @@ def margin_of(row: dict[str, Any]) -> float | None:
     if value is None:
         return None
     try:
-        return float(value)
+        margin = float(value)
     except (TypeError, ValueError):
         raise Fault("margin", excerpt(value), expected="a number") from None
+    if not math.isfinite(margin):
+        raise Fault("margin", excerpt(value), expected="a finite number")
+    return margin
 
 
 def is_turns(value: Any) -> bool:
@@ -99,7 +105,9 @@ def side(value: Any, field: str) -> Turns:
     if is_turns(value):
         return parse_turns([value] if isinstance(value, dict) else value, field)
     if not value.strip():
-        raise Fault(field, "empty answer", expected="some text (a model would learn only that it is longer)")
+        raise Fault(
+            field, "empty answer", expected="some text (a model would learn only that it is longer)", kind="empty"
+        )
     return Turns((Message("assistant", checked_text(value, field)),), ({},))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import numpy as np
 from zhibei.config.errors import UserError
 from zhibei.config.run import DataSection, RunFile, Source
 from zhibei.data.audit import audit_rows, require_trainable
-from zhibei.data.encode import Chunk, Wording, join_chunks, ledger_entry
+from zhibei.data.encode import Chunk, Wording, encode_rows, join_chunks, ledger_entry
 from zhibei.data.mix import split_heldout
-from zhibei.data.prepared import PreparedSet
+from zhibei.data.prepared import PreparedAnswers, PreparedSet
 from zhibei.data.prepared_cache import (
     FileHashes,
     cache_root,
@@ -25,6 +26,7 @@ from zhibei.data.prepared_cache import (
 )
 from zhibei.data.readers import as_source, read_sources
 from zhibei.data.records import BrokenRecord, Record
+from zhibei.data.remarks import comparisons
 from zhibei.data.sources import files_of
 from zhibei.data.workers import Numbered, encode_all, num_workers
 from zhibei.text.messages import Message
@@ -32,7 +34,7 @@ from zhibei.text.template import Template
 from zhibei.text.tokenizer import TOKENIZERS_VERSION, Tokenizer
 
 # Raise when the same inputs give other rows than before: cached sets of older versions are then not used.
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 PROBES = (
     (Message("user", "a"),),
     (Message("user", "a"), Message("assistant", "b"), Message("user", "c", context="d"), Message("assistant", "e")),
@@ -58,27 +60,44 @@ def prepare(
     """
     data, tell = run.data, progress or (lambda done, text: None)
     wording = wording_of(data, tokenizer, template)
-    root = cache_root(data.cache)
-    facts = _key_facts(data, wording, hashes=FileHashes(root))
-    key = key_of(facts)
-    folder = root / "prepared" / key
-    if use_cache and folder.exists():
-        fault = fault_of(folder)
-        if not fault:
-            tell(0, f"prepared rows found in {folder}")
-            return read_prepared(folder)
-        tell(0, f"the prepared rows in {folder} are damaged ({fault}) and are made again")
-    prepared = replace(_prepare(data, wording, tell=tell), key=key)
+    kept = Kept(data, wording, kind="rows", tell=tell)
+    if use_cache and kept.is_sound():
+        return read_prepared(kept.folder)
+    prepared = replace(_prepare(data, wording, tell=tell), key=kept.key)
     require_trainable(prepared.audit, prepared.ledger)
-    if not use_cache:
-        return prepared
-    try:
-        write_prepared(folder, prepared, facts=facts)
-    except (OSError, UserError) as problem:
-        # The rows are sound and in memory: a full disk or a read-only cache must not cost the run.
-        tell(prepared.audit["rows_read"], f"the prepared rows cannot be kept in {folder} ({_reason(problem)})")
-        return prepared
-    return read_prepared(folder)
+    return read_prepared(kept.folder) if use_cache and kept.write(prepared) else prepared
+
+
+class Kept:
+    """The place of a prepared set in the cache."""
+
+    def __init__(self, data: DataSection, wording: Wording, *, kind: str, tell: Progress) -> None:
+        hashes = FileHashes(cache_root(data.cache))
+        self.facts = _key_facts(data, wording, kind=kind, hashes=hashes)
+        self.key, self.tell = key_of(self.facts), tell
+        self.folder = cache_root(data.cache) / "prepared" / self.key
+
+    def is_sound(self) -> bool:
+        """Whether the set is there and undamaged."""
+        if not self.folder.exists():
+            return False
+        fault = fault_of(self.folder)
+        if fault:
+            self.tell(0, f"the prepared rows in {self.folder} are damaged ({fault}) and are made again")
+            return False
+        self.tell(0, f"prepared rows found in {self.folder}")
+        return True
+
+    def write(self, prepared: PreparedSet | PreparedAnswers) -> bool:
+        """Whether the set could be kept. Where not, the rows are sound and in memory: a full disk or a read-only
+        cache must not cost the run."""
+        try:
+            write_prepared(self.folder, prepared, facts=self.facts)
+        except (OSError, UserError) as problem:
+            text = f"the prepared rows cannot be kept in {self.folder} ({_reason(problem)})"
+            self.tell(prepared.audit["rows_read"], text)
+            return False
+        return True
 
 
 def _reason(problem: OSError | UserError) -> str:
@@ -111,12 +130,13 @@ def _all_sources(data: DataSection) -> list[Source]:
     return [as_source(source) for source in (*data.sources, *held)]
 
 
-def _key_facts(data: DataSection, wording: Wording, *, hashes: FileHashes) -> dict[str, Any]:
+def _key_facts(data: DataSection, wording: Wording, *, kind: str, hashes: FileHashes) -> dict[str, Any]:
     """Everything that decides the rows, as JSON."""
     files = [[hashes.of(path) for path, _ in files_of(source)] for source in _all_sources(data)]
     hashes.keep()
     return {
         "version": PREPARE_VERSION,
+        "kind": kind,
         "tokenizers": TOKENIZERS_VERSION,
         "tokenizer": wording.tokenizer.fingerprint,
         "template": {
@@ -151,16 +171,21 @@ def _probe(template: Template, messages: tuple[Message, ...]) -> Any:
 
 
 @dataclass
-class _Reading:
+class Reading:
     """Counts the records that pass by, and keeps the ledger of broken ones."""
 
     data: DataSection
     tell: Progress
     broken: list[dict[str, Any]] = field(default_factory=list)
     done: int = 0
+    records: int = 0
+    """Records read, each once whatever its weight."""
 
     def numbered(self) -> Iterator[Numbered]:
+        last: Record | BrokenRecord | None = None
         for source, record in read_sources(self.data, notice=lambda text: self.tell(self.done, text)):
+            self.records += record is not last
+            last = record
             if isinstance(record, BrokenRecord):
                 self.broken.append(_broken_entry(record))
                 continue
@@ -176,28 +201,30 @@ def _light(record: Record) -> Record:
 
 def _broken_entry(record: BrokenRecord) -> dict[str, Any]:
     entry = ledger_entry(record.origin, action="dropped", reason="broken", detail=record.what)
-    return entry | {"field": record.field, "expected": record.expected, "fix": record.fix}
+    return entry | {"field": record.field, "expected": record.expected, "fix": record.fix, "kind": record.kind}
 
 
-def _read(data: DataSection, wording: Wording, *, tell: Progress) -> tuple[Chunk, list[dict[str, Any]]]:
-    reading = _Reading(data, tell)
+def _read(data: DataSection, wording: Wording, *, tell: Progress) -> tuple[Chunk, Reading]:
+    reading = Reading(data, tell)
     chunks: list[Chunk] = []
     done = 0
-    for chunk in encode_all(reading.numbered(), wording, workers=num_workers(data.workers)):
+    for chunk in encode_all(reading.numbered(), wording, workers=num_workers(data.workers), encode=encode_rows):
         chunks.append(chunk)
         done += chunk.num_read
         tell(done, "preparing rows")
-    return join_chunks(chunks), reading.broken
+    return join_chunks(chunks), reading
 
 
 def _prepare(data: DataSection, wording: Wording, *, tell: Progress) -> PreparedSet:
-    chunk, broken = _read(data, wording, tell=tell)
+    chunk, reading = _read(data, wording, tell=tell)
+    broken, num_records = reading.broken, reading.records
     sources = [as_source(source).path for source in data.sources]
     if isinstance(data.validation, str):
         held_data = data.model_copy(update={"sources": [data.validation]})
-        held, held_broken = _read(held_data, wording, tell=tell)
+        held, held_reading = _read(held_data, wording, tell=tell)
         chunk, is_heldout = _with_heldout_file(chunk, held, source=len(sources))
-        broken, sources = [*broken, *held_broken], [*sources, data.validation]
+        broken, sources = [*broken, *held_reading.broken], [*sources, data.validation]
+        num_records += held_reading.records
     else:
         is_heldout = split_heldout(chunk.hashes, data.validation) if chunk.hashes else np.zeros(0, dtype=bool)
     audit = audit_rows(chunk, is_heldout=is_heldout, broken=broken, wording=wording, sources=sources)
@@ -208,6 +235,12 @@ def _prepare(data: DataSection, wording: Wording, *, tell: Progress) -> Prepared
         ledger=[*broken, *chunk.ledger],
         key="",
         template=wording.template.name,
+        remarks={
+            "records": num_records,
+            "highest_id": int(chunk.tokens.max(initial=0)),
+            "suspicious": chunk.suspicious,
+            **comparisons(chunk.said, chunk.asked, row_ids=chunk.row_ids, is_heldout=is_heldout),
+        },
     )
 
 
@@ -239,7 +272,7 @@ def _with_heldout_file(train: Chunk, held: Chunk, *, source: int) -> tuple[Chunk
             lengths=whole.lengths[kept],
             facts={name: column[kept] for name, column in whole.facts.items()},
             row_ids=rows.row_ids,
-            hashes=[digest for digest, is_kept in zip(whole.hashes, kept, strict=True) if is_kept],
+            **{name: list(compress(getattr(whole, name), kept)) for name in ("hashes", "said", "asked")},
         ),
         is_heldout[kept],
     )

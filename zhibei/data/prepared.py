@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class PreparedSet:
 
     `audit` and each `ledger` entry are plain JSON values. `key` is the cache key: it changes when the data, the
     template, the tokenizer or the masking changes. `template` is the name that was resolved (never "auto").
+    `remarks`: what comparing the rows and the rules of `clean` showed (see `zhibei.data.remarks`), by name.
     """
 
     train: PreparedRows
@@ -46,3 +48,37 @@ class PreparedSet:
     key: str
     template: str
     folder: Path | None = None
+    remarks: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """R records of a stage that compares, judges or only asks. Each side holds whole rows, prompt and answer, of which
+    the answer and its terminator are `supervised`; row r of every side belongs to record r.
+
+    `sides`: `chosen` and `rejected` of pairs, `answer` of judged answers, `prompt` of prompts (where nothing is
+    supervised and the answer comes next). `columns`, one value per record: `margin` float64 of pairs (NaN: not
+    given), `is_good` bool of judged answers, `prompt_tokens` int64: where the answer begins (the earlier of the two).
+    """
+
+    sides: Mapping[str, PreparedRows]
+    columns: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.sides.values())))
+
+
+@dataclass(frozen=True)
+class PreparedAnswers:
+    """What `PreparedSet` is for supervised training, for the stages reward, dpo and ppo. `kind`: pairs, judged or
+    prompts."""
+
+    kind: str
+    train: AnswerRows
+    heldout: AnswerRows
+    audit: dict[str, Any]
+    ledger: list[dict[str, Any]]
+    key: str
+    template: str
+    folder: Path | None = None
+    remarks: Mapping[str, Any] = field(default_factory=dict)

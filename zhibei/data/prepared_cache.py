@@ -15,12 +15,19 @@ from typing import Any
 import numpy as np
 
 from zhibei.config.errors import UserError
-from zhibei.data.prepared import PreparedRows, PreparedSet
+from zhibei.data.prepared import AnswerRows, PreparedAnswers, PreparedRows, PreparedSet
 from zhibei.store.files import as_json, read_json, sha256_of, sha256_of_text, write_json_atomic, write_text_atomic
 
 SIDES = ("train", "heldout")
 LEFTOVER_SECONDS = 24 * 3600
 ARRAYS = ("tokens", "supervised", "borders")
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "rows": ((), ()),
+    "pairs": (("chosen", "rejected"), ("prompt_tokens", "margin")),
+    "judged": (("answer",), ("prompt_tokens", "is_good")),
+    "prompts": (("prompt",), ("prompt_tokens",)),
+}
+"""Sides and columns of each kind of prepared set; `rows` are those of supervised training."""
 
 
 def cache_root(asked: str | None) -> Path:
@@ -60,22 +67,20 @@ def key_of(facts: dict[str, Any]) -> str:
     return sha256_of_text(json.dumps(facts, sort_keys=True, ensure_ascii=False))[:32]
 
 
-def write_prepared(folder: Path, prepared: PreparedSet, *, facts: dict[str, Any]) -> None:
+def write_prepared(folder: Path, prepared: PreparedSet | PreparedAnswers, *, facts: dict[str, Any]) -> None:
     """Into a temporary folder beside, then renamed: a reader sees all of it or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder.parent)
     new = Path(tempfile.mkdtemp(prefix=f".new-{folder.name}-", dir=folder.parent))
     try:
-        for side in SIDES:
-            rows: PreparedRows = getattr(prepared, side)
-            for name in ARRAYS:
-                np.save(new / f"{side}.{name}.npy", getattr(rows, name), allow_pickle=False)
-            write_text_atomic(new / f"{side}.row_ids.json", json.dumps(rows.row_ids, ensure_ascii=False))
+        _write_arrays(new, prepared)
         write_text_atomic(new / "audit.json", as_json(prepared.audit))
+        write_text_atomic(new / "remarks.json", as_json(dict(prepared.remarks)))
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in prepared.ledger)
         write_text_atomic(new / "ledger.jsonl", lines)
         files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(new.iterdir())}
-        index = {"key": prepared.key, "template": prepared.template, "files": files, "made_of": facts}
+        kind = prepared.kind if isinstance(prepared, PreparedAnswers) else "rows"
+        index = {"key": prepared.key, "kind": kind, "template": prepared.template, "files": files, "made_of": facts}
         write_json_atomic(new / "index.json", index)
         if folder.exists():
             shutil.rmtree(folder)
@@ -87,6 +92,24 @@ def write_prepared(folder: Path, prepared: PreparedSet, *, facts: dict[str, Any]
                 raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_arrays(folder: Path, prepared: PreparedSet | PreparedAnswers) -> None:
+    for side in SIDES:
+        rows: PreparedRows | AnswerRows = getattr(prepared, side)
+        if isinstance(rows, PreparedRows):
+            _write_rows(folder, side, rows)
+            continue
+        for name, answers in rows.sides.items():
+            _write_rows(folder, f"{side}.{name}", answers)
+        for name, column in rows.columns.items():
+            np.save(folder / f"{side}.{name}.npy", column, allow_pickle=False)
+
+
+def _write_rows(folder: Path, name: str, rows: PreparedRows) -> None:
+    for array in ARRAYS:
+        np.save(folder / f"{name}.{array}.npy", getattr(rows, array), allow_pickle=False)
+    write_text_atomic(folder / f"{name}.row_ids.json", json.dumps(rows.row_ids, ensure_ascii=False))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -101,7 +124,9 @@ def fault_of(folder: Path) -> str:
     try:
         index = read_json(folder / "index.json")
         expected = index["files"]
-        needed = [f"{side}.{name}.npy" for side in SIDES for name in ARRAYS] + ["audit.json", "ledger.jsonl"]
+        sides = PARTS[index["kind"]][0] or ("",)
+        rows = [".".join(filter(None, (side, part))) for side in SIDES for part in sides]
+        needed = [f"{name}.{array}.npy" for name in rows for array in ARRAYS] + ["audit.json", "ledger.jsonl"]
         missing = [name for name in needed if name not in expected]
         if missing:
             return f"index.json does not list {missing[0]}"
@@ -120,23 +145,41 @@ def fault_of(folder: Path) -> str:
 
 def read_prepared(folder: Path) -> PreparedSet:
     """A checked cached set; its arrays are memory-mapped."""
+    return PreparedSet(train=_rows(folder, "train"), heldout=_rows(folder, "heldout"), **_documents(folder))
+
+
+def read_prepared_answers(folder: Path) -> PreparedAnswers:
+    """A checked cached set of answers or prompts; its arrays are memory-mapped."""
+    kind = read_json(folder / "index.json")["kind"]
+    train, heldout = (_answers(folder, side, kind) for side in SIDES)
+    return PreparedAnswers(kind=kind, train=train, heldout=heldout, **_documents(folder))
+
+
+def _documents(folder: Path) -> dict[str, Any]:
     index = read_json(folder / "index.json")
-    return PreparedSet(
-        train=_rows(folder, "train"),
-        heldout=_rows(folder, "heldout"),
-        audit=read_json(folder / "audit.json"),
-        ledger=[json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()],
-        key=index["key"],
-        template=index["template"],
-        folder=folder,
+    return {
+        "audit": read_json(folder / "audit.json"),
+        "remarks": read_json(folder / "remarks.json"),
+        "ledger": [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()],
+        "key": index["key"],
+        "template": index["template"],
+        "folder": folder,
+    }
+
+
+def _answers(folder: Path, side: str, kind: str) -> AnswerRows:
+    sides, columns = PARTS[kind]
+    return AnswerRows(
+        {name: _rows(folder, f"{side}.{name}") for name in sides},
+        {name: np.load(folder / f"{side}.{name}.npy", mmap_mode="r", allow_pickle=False) for name in columns},
     )
 
 
-def _rows(folder: Path, side: str) -> PreparedRows:
+def _rows(folder: Path, name: str) -> PreparedRows:
     tokens, supervised, borders = (
-        np.load(folder / f"{side}.{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
+        np.load(folder / f"{name}.{array}.npy", mmap_mode="r", allow_pickle=False) for array in ARRAYS
     )
-    return PreparedRows(tokens, supervised, borders, read_json(folder / f"{side}.row_ids.json"))
+    return PreparedRows(tokens, supervised, borders, read_json(folder / f"{name}.row_ids.json"))
 
 
 def rows_of(

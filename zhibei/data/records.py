@@ -87,6 +87,8 @@ class BrokenRecord:
     what: str
     expected: str
     fix: str
+    kind: str = ""
+    """`identical` and `empty` for pairs of equal answers and for empty ones, which are counted; else nothing."""
 
     @property
     def where(self) -> str:
@@ -100,12 +102,21 @@ class BrokenRecord:
 class Fault(Exception):
     """Raised inside the readers when a record is broken; becomes a BrokenRecord once its place is known."""
 
-    def __init__(self, field: str, what: str, *, expected: str, fix: str = REPAIR) -> None:
+    def __init__(self, field: str, what: str, *, expected: str, fix: str = REPAIR, kind: str = "") -> None:
         super().__init__(what)
-        self.field, self.what, self.expected, self.fix = field, what, expected, fix
+        self.field, self.what, self.expected, self.fix, self.kind = field, what, expected, fix, kind
 
     def at(self, origin: Origin) -> BrokenRecord:
-        return BrokenRecord(origin, self.field, self.what, self.expected, self.fix)
+        return BrokenRecord(origin, self.field, self.what, self.expected, self.fix, self.kind)
 
 
 Record = Conversation | PlainText | Preference | Judged | Prompt
+
+STAGE_OF_KIND = {
+    "Conversation": ("conversations with answers", "sft"),
+    "PlainText": ("plain text", "sft"),
+    "Preference": ("pairs of a preferred and a rejected answer", "reward or stage: dpo"),
+    "Judged": ("single answers with a thumb up or down", "dpo"),
+    "Prompt": ("prompts without answers", "ppo"),
+}
+"""What each kind of record is, in words, and the stages that learn from it."""

@@ -14,16 +14,19 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from zhibei.config.errors import UserError
-from zhibei.data.encode import Chunk, Wording, encode_records
+from zhibei.data.encode import Wording
 from zhibei.data.records import Record
 
 Numbered = tuple[int, int, Record]
+Result = TypeVar("Result")
+Encode = Callable[[Sequence[Numbered], Wording], Result]
+"""A function at the top of a module, so that a worker can find it by its name."""
 
 CHUNK_ROWS = 500
 # Starting a worker costs about half a second; fewer rows than this are done sooner here.
@@ -39,11 +42,14 @@ def num_workers(asked: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_all(numbered: Iterable[Numbered], wording: Wording, *, workers: int) -> Iterator[Chunk]:
-    """Chunks in the order of the records, whatever the number of workers; 0 and 1 work in this process."""
+def encode_all(
+    numbered: Iterable[Numbered], wording: Wording, *, workers: int, encode: Encode[Result]
+) -> Iterator[Result]:
+    """What `encode` makes of chunks of records, in the order of the records, whatever the number of workers; 0 and 1
+    work in this process."""
     chunks = _chunks(numbered)
     if workers < 2:
-        yield from (encode_records(chunk, wording) for chunk in chunks)
+        yield from (encode(chunk, wording) for chunk in chunks)
         return
     waiting: list[list[Numbered]] = []
     for chunk in chunks:
@@ -51,9 +57,9 @@ def encode_all(numbered: Iterable[Numbered], wording: Wording, *, workers: int) 
         if len(waiting) * CHUNK_ROWS >= ROWS_PER_WORKER:
             break
     else:
-        yield from (encode_records(chunk, wording) for chunk in waiting)
+        yield from (encode(chunk, wording) for chunk in waiting)
         return
-    yield from _in_workers(_chain(waiting, chunks), wording, workers=workers)
+    yield from _in_workers(_chain(waiting, chunks), pickle.dumps((encode, wording)), workers=workers)
 
 
 def _chunks(numbered: Iterable[Numbered]) -> Iterator[list[Numbered]]:
@@ -72,10 +78,10 @@ def _chain(first: Sequence[list[Numbered]], rest: Iterator[list[Numbered]]) -> I
     yield from rest
 
 
-def _in_workers(chunks: Iterator[list[Numbered]], wording: Wording, *, workers: int) -> Iterator[Chunk]:
+def _in_workers(chunks: Iterator[list[Numbered]], task: bytes, *, workers: int) -> Iterator[Any]:
     """Each thread owns one process; a bounded queue of futures keeps the order and the memory small."""
-    pool = _Processes(pickle.dumps(wording))
-    pending: deque[Future[Chunk]] = deque()
+    pool = _Processes(task)
+    pending: deque[Future[Any]] = deque()
     executor = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="zhibei-prepare")
     try:
         for chunk in chunks:
@@ -95,13 +101,13 @@ def _in_workers(chunks: Iterator[list[Numbered]], wording: Wording, *, workers: 
 class _Processes:
     """One worker process per thread that asks; all of them end with `stop`."""
 
-    def __init__(self, wording: bytes) -> None:
-        self.wording = wording
+    def __init__(self, task: bytes) -> None:
+        self.task = task
         self.of_thread = threading.local()
         self.all: list[subprocess.Popen[bytes]] = []
         self.lock = threading.Lock()
 
-    def encode(self, chunk: list[Numbered]) -> Chunk:
+    def encode(self, chunk: list[Numbered]) -> Any:
         process = getattr(self.of_thread, "process", None) or self._start()
         assert process.stdin
         assert process.stdout
@@ -131,7 +137,7 @@ class _Processes:
         with self.lock:
             self.all.append(process)
         assert process.stdin
-        _send(process.stdin, self.wording)
+        _send(process.stdin, self.task)
         self.of_thread.process = process
         return process
 
@@ -177,7 +183,7 @@ def _receive(pipe: IO[bytes]) -> bytes | None:
 
 
 def serve() -> None:
-    """The worker's side: first the wording, then chunk after chunk until the pipe closes.
+    """The worker's side: first what is to be done, then chunk after chunk until the pipe closes.
 
     What comes in and goes out are pickles between two processes of one program; no file is ever unpickled.
     """
@@ -187,15 +193,15 @@ def serve() -> None:
     first = _receive(source)
     if first is None:
         return
-    wording: Wording = pickle.loads(first)
+    encode, wording = pickle.loads(first)
     with suppress(BrokenPipeError):  # the parent is gone: nobody waits for the answer
         while (content := _receive(source)) is not None:
-            _send(sink, pickle.dumps(_answer(pickle.loads(content), wording)))
+            _send(sink, pickle.dumps(_answer(pickle.loads(content), encode, wording)))
 
 
-def _answer(chunk: list[Numbered], wording: Wording) -> Any:
+def _answer(chunk: list[Numbered], encode: Encode[Any], wording: Wording) -> Any:
     try:
-        return encode_records(chunk, wording)
+        return encode(chunk, wording)
     except UserError as error:
         return error.as_dict()
     except Exception:  # a defect travels to the parent as text, since not every exception can be pickled

@@ -1,0 +1,99 @@
+"""What comparing rows with one another, and looking at each with the rules of `clean`, shows. Knows no tokens or files.
+
+Two rows say the same when their turns do, whatever their case and spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from zhibei.data.clean import findings
+from zhibei.data.mix import text_hash
+from zhibei.data.records import Record
+from zhibei.text.messages import Message
+
+PLACES_SHOWN = 5
+"""First places that are kept of everything that is met."""
+TURN_BORDER = "\x1e"
+
+Remark = dict[str, Any]
+"""`{"count": 3, "places": ["data.json, record 17", ...]}`."""
+
+
+def said_hash(messages: Sequence[Message]) -> str:
+    """The hash of what was said, blind to case and spacing."""
+    parts = (
+        f"{message.role}:{' '.join(f'{message.content} {message.context}'.lower().split())}" for message in messages
+    )
+    return text_hash(TURN_BORDER.join(parts))
+
+
+def asked_of(messages: Sequence[Message]) -> Sequence[Message]:
+    """The turns before the last answer, without the system prompt, which whole data sets share."""
+    answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    asked = messages[: answers[-1]] if answers else messages
+    return [message for message in asked if message.role != "system"]
+
+
+def row_place(row_id: str) -> str:
+    """`data.json#17` as a person would say it."""
+    source, _, number = row_id.rpartition("#")
+    record, _, chunk = number.partition(":")
+    return f"{source}, record {record}" + (f", chunk {chunk}" if chunk else "")
+
+
+def count(places: Iterable[str], *, most: int = PLACES_SHOWN) -> Remark:
+    """How many, and the first places."""
+    places = list(places)
+    return {"count": len(places), "places": places[:most]}
+
+
+def joined(remarks: Iterable[dict[str, Remark]]) -> dict[str, Remark]:
+    """The remarks of several chunks as one; the first places stay."""
+    whole: dict[str, Remark] = {}
+    for part in remarks:
+        for name, remark in part.items():
+            seen = whole.setdefault(name, {"count": 0, "places": []})
+            seen["count"] += remark["count"]
+            seen["places"] = (seen["places"] + remark["places"])[:PLACES_SHOWN]
+    return whole
+
+
+def suspicions(records: Iterable[Record]) -> dict[str, Remark]:
+    """What the rules of `clean` find, by their names."""
+    places: dict[str, list[str]] = {}
+    for record in records:
+        for name in findings(record):
+            places.setdefault(name, []).append(str(record.origin))
+    return {name: count(found) for name, found in places.items()}
+
+
+def comparisons(
+    said: Sequence[str], asked: Sequence[str], *, row_ids: Sequence[str], is_heldout: np.ndarray
+) -> dict[str, Remark]:
+    """`repeated`: training rows that say what an earlier one says (a row that its weight repeats is one row);
+    `heldout_in_training`: held-out rows that training rows say; `asked_in_training`: held-out rows whose question
+    alone is asked in training."""
+    train: list[int] = np.flatnonzero(~is_heldout).tolist()
+    held: list[int] = np.flatnonzero(is_heldout).tolist()
+    first: dict[str, str] = {}
+    repeated = []
+    for row in train:
+        earlier = first.setdefault(said[row], row_ids[row])
+        if earlier != row_ids[row]:
+            repeated.append(f"{row_place(row_ids[row])} says what {row_place(earlier)} says")
+    questions = {asked[row]: row_ids[row] for row in reversed(train) if asked[row]}
+    leaked, known = [], []
+    for row in held:
+        if said[row] in first:
+            leaked.append(f"{row_place(row_ids[row])} is said by {row_place(first[said[row]])}")
+        elif asked[row] in questions:
+            known.append(f"{row_place(row_ids[row])} asks what {row_place(questions[asked[row]])} asks")
+    return {
+        "repeated": count(repeated),
+        "heldout_in_training": count(leaked),
+        "asked_in_training": count(known),
+    }
