@@ -76,6 +76,18 @@ def test_a_head_that_is_not_the_models_own_is_refused(tmp_path):
         check_head(model)
 
 
+def test_rounding_of_a_soft_capped_head_in_half_precision_is_no_other_head(tmp_path):
+    """Random weights of Gemma 2's size gave logits up to 30 whose cap, computed in bf16, differs by 0.1 from fp32."""
+    model = loaded(tiny_model_folder(tmp_path, family="gemma2"))
+    model.hf.to(torch.bfloat16)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    check_head(model)
+    model.head_shape = type(model.head_shape)(scale=0.5, softcap=model.head_shape.softcap)
+    with pytest.raises(UserError, match="differ from the model's own"):
+        check_head(model)
+
+
 def test_sdpa_is_refused_where_it_would_leave_out_the_soft_cap(tmp_path):
     folder = tiny_model_folder(tmp_path, family="gemma2")
     with pytest.raises(UserError, match="caps its attention scores"):
