@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,7 +238,7 @@ def gradient_norms(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients.values()])
 
 
-def checksums(parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+def checksums(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """One number per parameter that changes when any of its bits does (but for sums that cancel)."""
     sums = []
     for parameter in parameters.values():
