@@ -20,8 +20,9 @@ from zhibei.data.prepared_cache import cache_root
 from zhibei.data.readers import read_sources
 from zhibei.data.records import BrokenRecord
 from zhibei.data.steps import num_steps_of, require_steps
-from zhibei.doctor.facts.environment import EnvironmentFacts
+from zhibei.doctor.facts.environment import EnvironmentFacts, read_environment
 from zhibei.doctor.facts.facts import Defect, Facts
+from zhibei.doctor.facts.machine import read_machine
 from zhibei.doctor.facts.model import ModelFacts, read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
 from zhibei.doctor.facts.rows import PairFacts, RowFacts
@@ -77,7 +78,7 @@ def gather_facts(
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="facts") as beside:
         # Looking at the machine waits for other programs, so it goes on beside the reading of rows.
         environment = beside.submit(parts.get, "environment", lambda: _read_environment(run, machine))
-        around = beside.submit(parts.get, "machine", _read_machine) if machine is None else None
+        around = beside.submit(parts.get, "machine", read_machine) if machine is None else None
         words = _read_words(run, parts)
         rows = _read_rows(run, words, parts, on_rows)
         facts = Facts(
@@ -103,7 +104,6 @@ class Words:
 
 
 def _read_environment(run: RunFile, machine: Machine | None) -> EnvironmentFacts:
-    from zhibei.doctor.facts.environment import read_environment
 
     return read_environment(run, machine=machine)
 
