@@ -132,15 +132,19 @@ def bits_of(path: Path, entry: TensorEntry, *, data_start: int) -> np.ndarray:
 def _largest(tensor: _Tensor, *, is_whole: bool) -> tuple[float, int]:
     """(largest absolute value or NaN, bytes read)."""
     view, mask, limit = LAYOUTS[tensor.entry.dtype]
-    bits = bits_of(tensor.path, tensor.entry, data_start=tensor.data_start)
     item_bytes = np.dtype(view).itemsize
+    begin = tensor.data_start + tensor.entry.start
     top = 0
     count = 0
-    for start, stop in _blocks(len(bits), item_bytes=item_bytes, is_whole=is_whole):
-        top = max(top, int((bits[start:stop] & view(mask)).max()))
-        count += stop - start
-        if top >= limit:
-            return float("nan"), count * item_bytes
+    # Read, not mapped: on virtual machines the faults of a mapping cost twenty times what the same reads do.
+    with open(tensor.path, "rb", buffering=0) as file:
+        for start, stop in _blocks(tensor.num_bytes // item_bytes, item_bytes=item_bytes, is_whole=is_whole):
+            file.seek(begin + start * item_bytes)
+            bits = np.frombuffer(file.read((stop - start) * item_bytes), dtype=view)
+            top = max(top, int((bits & view(mask)).max(initial=0)))
+            count += stop - start
+            if top >= limit:
+                return float("nan"), count * item_bytes
     return as_float(top, tensor.entry.dtype), count * item_bytes
 
 
