@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zhibei.cli import console
 from zhibei.cli.check import examine, lines_of
 from zhibei.cli.progress import ProgressLine, choose_mode
+from zhibei.cli.rehearse import is_wanted, rehearse_before
 from zhibei.config.errors import USER_MUST_ACT, UserError
 from zhibei.config.read import read_run
 from zhibei.config.resolve import ResolvedRun
@@ -90,14 +91,21 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     found = _checked(resolved, resumed, quiet=quiet, as_json=as_json)
     if found.blocks:
         return _refused(found, quiet=quiet, as_json=as_json)
+    rehearsed = None
+    if resumed is None and is_wanted(resolved):
+        rehearsed = rehearse_before(resolved, quiet=quiet or as_json)
+    run_dir = resumed or run_dir_of(resolved.run)
+    before = _stamp(run_dir)
     with ProgressLine(choose_mode(quiet=quiet, as_json=as_json)) as line:
-        noting = _noting(found, resumed or run_dir_of(resolved.run), line)
+        noting = _noting({"check": found.as_dict(), "rehearsal": rehearsed}, resumed or run_dir_of(resolved.run), line)
         try:
             run_dir = train(resolved, watch=watch_over(resolved.run, also=noting, resumed=resumed), resume=resumed)
         except BaseException:
-            # The page of a run that stopped is worth having; what stopped it is what must be told.
+            # The page of a run that stopped is worth having; what stopped it is what must be told. A run that was
+            # refused before it went on keeps the page it has.
             with contextlib.suppress(Exception):
-                _report(resumed or run_dir_of(resolved.run))
+                if _stamp(run_dir) != before:
+                    _report(run_dir)
             raise
         _report(run_dir)
     if as_json:
@@ -143,16 +151,27 @@ def _is_one_refusal(found: Checkup) -> bool:
     return len(found.findings) == 1 and found.findings[0].fault is not None
 
 
-def _noting(found: Checkup, run_dir: RunDir, watch: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
-    """Passes records on; the first one comes when training has made its directory, which then gets check.json."""
-    pending = [found]
+def _noting(
+    documents: dict[str, dict[str, Any] | None], run_dir: RunDir, watch: Callable[[dict[str, Any]], Any]
+) -> Callable[[dict[str, Any]], Any]:
+    """Passes records on; the first one comes when training has made its directory, which then gets check.json and
+    rehearsal.json."""
+    places = {"check": run_dir.check, "rehearsal": run_dir.rehearsal}
+    pending = {name: document for name, document in documents.items() if document is not None}
 
     def note(record: dict[str, Any]) -> Any:
-        if pending:
-            write_json_atomic(run_dir.check, pending.pop().as_dict())
+        while pending:
+            name, document = pending.popitem()
+            write_json_atomic(places[name], document)
         return watch(record)
 
     return note
+
+
+def _stamp(run_dir: RunDir) -> tuple[int, int]:
+    """Size and time of the metrics file; it differs once a run has written anything."""
+    found = run_dir.metrics.stat() if run_dir.metrics.is_file() else None
+    return (found.st_size, found.st_mtime_ns) if found else (0, 0)
 
 
 def _report(run_dir: RunDir) -> None:

@@ -61,6 +61,10 @@ class RunDir:
         return self.path / "proofs.json"
 
     @property
+    def rehearsal(self) -> Path:
+        return self.path / "rehearsal.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
