@@ -77,6 +77,7 @@ def kind_of(records: Sequence[Record]) -> str:
                 expected="pairs (chosen, rejected), or single answers with a label",
                 fix=f"set stage: {fitting}, which they are made for, or name the fields with `columns`",
                 where=str(record.origin),
+                pitfall="records-of-another-stage",
             )
         if type(record) is not type(first):
             raise UserError(
@@ -84,6 +85,7 @@ def kind_of(records: Sequence[Record]) -> str:
                 expected="one kind of record in all sources",
                 fix="put them into two runs",
                 where=str(record.origin),
+                pitfall="records-of-another-stage",
             )
     return KINDS[type(first)]
 
@@ -156,6 +158,7 @@ def chosen_rows(chunk: Chunk, wanted: np.ndarray) -> Chunk:
         hashes=some(chunk.hashes),
         said=some(chunk.said),
         asked=some(chunk.asked),
+        answered=some(chunk.answered),
     )
 
 
@@ -253,6 +256,7 @@ def join_answers(chunks: Sequence[AnswerChunk]) -> AnswerChunk:
             expected="one kind of record in all sources",
             fix="put them into two runs",
             where="data.sources",
+            pitfall="records-of-another-stage",
         )
     return replace(
         chunks[0],

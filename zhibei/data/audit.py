@@ -161,6 +161,7 @@ def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -
             expected="at least one row with learned tokens",
             fix="raise data.max_tokens, lower data.validation, or check the data with `zhibei data inspect`",
             where="data",
+            pitfall="dataset-all-rows-dropped",
         )
     if audit["terminators"] and not audit["terminators_supervised"]:
         raise UserError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +18,7 @@ import numpy as np
 from zhibei.config.errors import UserError
 from zhibei.data.mix import HASH_BYTES, content_hash
 from zhibei.data.records import STAGE_OF_KIND, Conversation, Origin, PlainText, Record
-from zhibei.data.remarks import Remark, asked_of, joined, said_hash, suspicions
+from zhibei.data.remarks import Remark, asked_of, joined, last_answer_of, said_hash, suspicions
 from zhibei.text.messages import Message
 from zhibei.text.supervision import Layout, Mode, border_merges, lay_out, learned_intervals, supervised_tokens
 from zhibei.text.template import Rendered, Span, Template
@@ -94,7 +94,8 @@ class Chunk:
     """How many prompts were compared with the row they belong to: `equal`, `merged`, `different`."""
     said: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
-    """Hashes of what each row says and of its question alone ("" for plain text); see `zhibei.data.remarks`."""
+    answered: list[str] = field(default_factory=list)
+    """Hashes of what each row says, of its question and its last answer alone ("" for plain text); see `remarks`."""
     suspicious: dict[str, Remark] = field(default_factory=dict)
 
 
@@ -151,6 +152,7 @@ def render_record(record: Record, wording: Wording) -> tuple[Rendered, tuple[Mes
         expected="conversations, instructions with an output, or plain text",
         fix=f"set stage: {stage}, which they are made for, or name the fields with `columns`",
         where=str(record.origin),
+        pitfall="records-of-another-stage",
     )
 
 
@@ -197,6 +199,7 @@ def _to_row(number: int, source: int, record: Record, *, wording: Wording, ledge
                 expected=error.expected,
                 fix=error.fix + "; data.on_error: drop leaves such rows out and lists them",
                 where=error.where or str(record.origin),
+                pitfall=error.pitfall,
             ) from error
         ledger.append(ledger_entry(record.origin, action="dropped", reason="template", detail=error.what))
         return None
@@ -316,8 +319,13 @@ def _keep(
         ledger=ledger,
         num_read=0,
         said=[piece[4] if rows[piece[0]].is_plain else said_hash(rows[piece[0]].messages) for piece in kept],
-        asked=["" if rows[piece[0]].is_plain else said_hash(asked_of(rows[piece[0]].messages)) for piece in kept],
+        asked=[_hash_of(asked_of, rows[piece[0]]) for piece in kept],
+        answered=[_hash_of(last_answer_of, rows[piece[0]]) for piece in kept],
     )
+
+
+def _hash_of(part: Callable[[Sequence[Message]], Sequence[Message]], row: _Row) -> str:
+    return "" if row.is_plain else said_hash(part(row.messages))
 
 
 def _split_text(
@@ -387,5 +395,6 @@ def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
         prompts=prompts,
         said=[one for chunk in chunks for one in chunk.said],
         asked=[one for chunk in chunks for one in chunk.asked],
+        answered=[one for chunk in chunks for one in chunk.answered],
         suspicious=joined(chunk.suspicious for chunk in chunks),
     )

@@ -72,6 +72,7 @@ def answer_text(row: dict[str, Any], field: str) -> str:
             "empty answer",
             expected="the text to learn",
             fix="fill it, remove the record, on_error: drop, or format: prompts to use its question only",
+            pitfall="empty-answers",
         )
     return checked_text(value, field)
 

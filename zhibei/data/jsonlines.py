@@ -112,6 +112,7 @@ def check_mark(head: bytes, path: Path) -> bytes:
             expected="UTF-8",
             fix=f"iconv -f UTF-16 -t UTF-8 {path} > new-file",
             where=str(path),
+            pitfall="dataset-not-utf8",
         )
     return head.removeprefix(b"\xef\xbb\xbf")
 
@@ -135,6 +136,7 @@ def decode(line: bytes, *, offset: int) -> str:
         f"byte {offset + place} ({bad[:1].hex()}) is not UTF-8{other}",
         expected="UTF-8",
         fix="convert the file, e.g. iconv -f GB18030 -t UTF-8; or on_error: drop",
+        pitfall="dataset-not-utf8",
     )
 
 

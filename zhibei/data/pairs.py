@@ -23,7 +23,7 @@ from zhibei.data.prepare import Kept, Progress, Reading, wording_of
 from zhibei.data.prepared import AnswerRows, PreparedAnswers
 from zhibei.data.prepared_cache import read_prepared_answers, rows_of
 from zhibei.data.prompts import encode_prompts
-from zhibei.data.readers import as_source
+from zhibei.data.readers import as_source, records_beyond_limits
 from zhibei.data.remarks import Remark, count, row_place
 from zhibei.data.workers import encode_all, num_workers
 from zhibei.text.template import Template
@@ -68,6 +68,7 @@ def _require_fitting(prepared: PreparedAnswers, run: RunFile) -> None:
             expected="pairs (chosen, rejected)",
             fix="set stage: dpo, which they are made for, or give pairs",
             where="data.sources",
+            pitfall="records-of-another-stage",
         )
 
 
@@ -109,24 +110,29 @@ def _prepare(data: DataSection, wording: Wording, *, kind: str, tell: Progress) 
         ledger=[*broken, *chunk.ledger],
         key="",
         template=wording.template.name,
-        remarks={"records": num_records, "suspicious": chunk.suspicious, **remarks},
+        remarks={
+            "records": num_records,
+            "records_in_files": num_records + records_beyond_limits(data),
+            "suspicious": chunk.suspicious,
+            **remarks,
+        },
     )
 
 
 def _told_by_readers(broken: Sequence[dict[str, Any]]) -> dict[str, Remark]:
     """What the readers refused and the run dropped: equal answers and empty ones."""
 
-    def places(kind: str, field: str = "") -> Remark:
+    def places(pitfall: str, field: str = "") -> Remark:
         return count(
             f"{entry['where']}, field '{entry['field']}'"
             for entry in broken
-            if entry["kind"] == kind and field in ("", entry["field"])
+            if entry["pitfall"] == pitfall and field in ("", entry["field"])
         )
 
     return {
-        "identical": places("identical"),
-        "empty_chosen": places("empty", "chosen"),
-        "empty_rejected": places("empty", "rejected"),
+        "identical": places("dpo-data-identical-pairs"),
+        "empty_chosen": places("empty-answers", "chosen"),
+        "empty_rejected": places("empty-answers", "rejected"),
     }
 
 
@@ -140,6 +146,7 @@ def _nothing_left(chunk: AnswerChunk | None, broken: Sequence[dict[str, Any]]) -
         expected="at least one record to learn from",
         fix="raise data.max_tokens, lower data.validation, or check the data with `zhibei data inspect`",
         where="data",
+        pitfall="dataset-all-rows-dropped",
     )
 
 

@@ -59,7 +59,7 @@ def check_pair(prompt: tuple[Message, ...], chosen: tuple[Message, ...], rejecte
                 "empty answer",
                 expected="some text (a model would learn only that it is longer)",
                 fix="fill it, or on_error: drop",
-                kind="empty",
+                pitfall="empty-answers",
             )
     if chosen == rejected:
         raise Fault(
@@ -67,7 +67,7 @@ def check_pair(prompt: tuple[Message, ...], chosen: tuple[Message, ...], rejecte
             f"equal to 'chosen': {excerpt(chosen[-1].content, 40)}",
             expected="two different answers",
             fix="remove the record, or on_error: drop",
-            kind="identical",
+            pitfall="dpo-data-identical-pairs",
         )
 
 
@@ -106,7 +106,10 @@ def side(value: Any, field: str) -> Turns:
         return parse_turns([value] if isinstance(value, dict) else value, field)
     if not value.strip():
         raise Fault(
-            field, "empty answer", expected="some text (a model would learn only that it is longer)", kind="empty"
+            field,
+            "empty answer",
+            expected="some text (a model would learn only that it is longer)",
+            pitfall="empty-answers",
         )
     return Turns((Message("assistant", checked_text(value, field)),), ({},))
 

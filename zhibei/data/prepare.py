@@ -24,9 +24,9 @@ from zhibei.data.prepared_cache import (
     rows_of,
     write_prepared,
 )
-from zhibei.data.readers import as_source, read_sources
+from zhibei.data.readers import as_source, read_sources, records_beyond_limits
 from zhibei.data.records import BrokenRecord, Record
-from zhibei.data.remarks import comparisons
+from zhibei.data.remarks import comparisons, same_answer
 from zhibei.data.sources import files_of
 from zhibei.data.workers import Numbered, encode_all, num_workers
 from zhibei.text.messages import Message
@@ -201,7 +201,7 @@ def _light(record: Record) -> Record:
 
 def _broken_entry(record: BrokenRecord) -> dict[str, Any]:
     entry = ledger_entry(record.origin, action="dropped", reason="broken", detail=record.what)
-    return entry | {"field": record.field, "expected": record.expected, "fix": record.fix, "kind": record.kind}
+    return entry | {"field": record.field, "expected": record.expected, "fix": record.fix, "pitfall": record.pitfall}
 
 
 def _read(data: DataSection, wording: Wording, *, tell: Progress) -> tuple[Chunk, Reading]:
@@ -237,8 +237,10 @@ def _prepare(data: DataSection, wording: Wording, *, tell: Progress) -> Prepared
         template=wording.template.name,
         remarks={
             "records": num_records,
+            "records_in_files": num_records + records_beyond_limits(data),
             "highest_id": int(chunk.tokens.max(initial=0)),
             "suspicious": chunk.suspicious,
+            "same_answer": same_answer(chunk.answered, row_ids=chunk.row_ids, is_heldout=is_heldout),
             **comparisons(chunk.said, chunk.asked, row_ids=chunk.row_ids, is_heldout=is_heldout),
         },
     )
@@ -272,7 +274,7 @@ def _with_heldout_file(train: Chunk, held: Chunk, *, source: int) -> tuple[Chunk
             lengths=whole.lengths[kept],
             facts={name: column[kept] for name, column in whole.facts.items()},
             row_ids=rows.row_ids,
-            **{name: list(compress(getattr(whole, name), kept)) for name in ("hashes", "said", "asked")},
+            **{name: list(compress(getattr(whole, name), kept)) for name in ("hashes", "said", "asked", "answered")},
         ),
         is_heldout[kept],
     )

@@ -91,6 +91,7 @@ def _asked_messages(record: Record) -> tuple[Message, ...]:
         expected="prompts, conversations or pairs",
         fix="set stage: sft, which they are made for",
         where=str(record.origin),
+        pitfall="records-of-another-stage",
     )
 
 
@@ -134,4 +135,5 @@ def _prompt_chunk(numbered: Sequence[Numbered], ids: np.ndarray, *, lengths: np.
         num_read=len(numbered),
         said=list(asked),
         asked=list(asked),
+        answered=[""] * len(asked),
     )

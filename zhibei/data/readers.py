@@ -311,3 +311,13 @@ def read_sources(
                 yield number, record
         if is_empty:
             raise UserError("no records", expected="at least one", fix="check the path", where=source.path)
+
+
+def records_beyond_limits(data: DataSection) -> int:
+    """How many records the files hold that a `limit` leaves out."""
+    beyond = 0
+    for source in map(as_source, data.sources):
+        if source.limit is not None:
+            held = sum(sum(1 for _ in read_rows(path, label).rows) for path, label in files_of(source))
+            beyond += max(0, held - source.limit)
+    return beyond

@@ -87,8 +87,8 @@ class BrokenRecord:
     what: str
     expected: str
     fix: str
-    kind: str = ""
-    """`identical` and `empty` for pairs of equal answers and for empty ones, which are counted; else nothing."""
+    pitfall: str = ""
+    """The known pitfall that this is, where it is one (`zhibei pitfalls NAME`)."""
 
     @property
     def where(self) -> str:
@@ -96,18 +96,18 @@ class BrokenRecord:
 
     def as_error(self, more: str = "") -> UserError:
         """The same facts as an error; `more` is said after what came (how many others there are)."""
-        return UserError(self.what + more, expected=self.expected, fix=self.fix, where=self.where)
+        return UserError(self.what + more, expected=self.expected, fix=self.fix, where=self.where, pitfall=self.pitfall)
 
 
 class Fault(Exception):
     """Raised inside the readers when a record is broken; becomes a BrokenRecord once its place is known."""
 
-    def __init__(self, field: str, what: str, *, expected: str, fix: str = REPAIR, kind: str = "") -> None:
+    def __init__(self, field: str, what: str, *, expected: str, fix: str = REPAIR, pitfall: str = "") -> None:
         super().__init__(what)
-        self.field, self.what, self.expected, self.fix, self.kind = field, what, expected, fix, kind
+        self.field, self.what, self.expected, self.fix, self.pitfall = field, what, expected, fix, pitfall
 
     def at(self, origin: Origin) -> BrokenRecord:
-        return BrokenRecord(origin, self.field, self.what, self.expected, self.fix, self.kind)
+        return BrokenRecord(origin, self.field, self.what, self.expected, self.fix, self.pitfall)
 
 
 Record = Conversation | PlainText | Preference | Judged | Prompt

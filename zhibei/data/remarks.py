@@ -5,6 +5,7 @@ Two rows say the same when their turns do, whatever their case and spacing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ def asked_of(messages: Sequence[Message]) -> Sequence[Message]:
     return [message for message in asked if message.role != "system"]
 
 
+def last_answer_of(messages: Sequence[Message]) -> Sequence[Message]:
+    """The last answer alone."""
+    return [message for message in messages if message.role == "assistant"][-1:]
+
+
 def row_place(row_id: str) -> str:
     """`data.json#17` as a person would say it."""
     source, _, number = row_id.rpartition("#")
@@ -69,6 +75,14 @@ def suspicions(records: Iterable[Record]) -> dict[str, Remark]:
         for name in findings(record):
             places.setdefault(name, []).append(str(record.origin))
     return {name: count(found) for name, found in places.items()}
+
+
+def same_answer(answered: Sequence[str], *, row_ids: Sequence[str], is_heldout: np.ndarray) -> Remark:
+    """The training rows that give the commonest answer ("" is none)."""
+    indices: list[int] = np.flatnonzero(~is_heldout).tolist()
+    train = [row for row in indices if answered[row]]
+    common = Counter(answered[row] for row in train).most_common(1)
+    return count(row_place(row_ids[row]) for row in train if answered[row] == common[0][0]) if common else count([])
 
 
 def comparisons(

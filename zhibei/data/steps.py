@@ -24,6 +24,7 @@ def require_steps(num_rows: int, longest: int, *, global_batch: int, micro_batch
             expected="at least one full step of rows",
             fix=f"set sft.global_batch: {max(1, num_rows // 4)}, lower data.validation, or add rows",
             where="sft.global_batch",
+            pitfall="fewer-rows-than-a-batch",
         )
     if longest > micro_batch_tokens:
         raise UserError(

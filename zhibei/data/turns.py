@@ -87,6 +87,7 @@ def role_of(name: Any, field: str) -> Role:
             f"unknown speaker {excerpt(name)!r}",
             expected=f"one of {', '.join(ROLES)}",
             fix=f"{hint}Rename the speaker, or on_error: drop",
+            pitfall="dataset-role-tags-mismatch",
         )
     return known
 
@@ -250,6 +251,7 @@ def check_order(messages: tuple[Message, ...], field: str) -> None:
                 f"{message.role} speaks {said}: {excerpt(message.content, 40)}",
                 expected=expected,
                 fix=f"{fix}, or on_error: drop",
+                pitfall="sharegpt-turn-order-or-empty",
             )
         before = message.role
 
@@ -263,5 +265,6 @@ def split_unanswered(turns: Turns, field: str) -> tuple[Turns, Turns]:
             "no answer to learn from",
             expected="at least one assistant turn",
             fix="add the answer, on_error: drop, or format: prompts to use it as a question",
+            pitfall="sharegpt-turn-order-or-empty",
         )
     return turns.cut(last + 1)
