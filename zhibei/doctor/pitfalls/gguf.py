@@ -1,0 +1,381 @@
+"""What stops a trained model from becoming a GGUF file. Knows facts and messages, no converter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from zhibei.doctor.facts.facts import Facts
+from zhibei.doctor.pitfall import Finding, pitfall
+
+NO_GGUF = "zhibei writes no GGUF file yet, so no run can plan one; the message comes from llama.cpp or its callers."
+
+FEWEST_TOKENS = 1000
+"""Vocabularies of toy models have any size."""
+MOST_ADDED = 7
+
+
+@pitfall(
+    "gguf",
+    cost="hours",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"failed to quantize: basic_ios::clear",
+        r"basic_ios::clear: iostream error",
+        r"llama_model_quantize: failed to quantize(?!.{0,80}requantiz)",
+        r"gguf.{0,80}no space left on device",
+    ],
+    sources=[
+        "https://github.com/unslothai/unsloth/pull/8500",
+        "https://github.com/unslothai/unsloth/issues/835",
+        "https://github.com/unslothai/unsloth/issues/1197",
+    ],
+)
+def export_peak_disk_gguf() -> None:
+    """A GGUF export runs out of disk half-way, with a message about a stream.
+
+    Why: Merged 16-bit weights, the 16-bit GGUF and the quantised one lie on the disk at the same time, about 5
+    bytes per parameter; llama.cpp reports a full disk only as an iostream error.
+
+    Fix: Export to a volume with room for all three, and delete each intermediate file once the next is verified.
+
+    GGUF 导出到一半磁盘写满，报的却是流错误。
+
+    为何：合并后的 16 位权重、16 位 GGUF 和量化后的 GGUF 同时占用磁盘，约每参数 5 字节；
+    llama.cpp 只报告 iostream 错误。
+
+    办法：导出到放得下三份文件的磁盘，每步校验后删除上一步的中间文件。
+    """
+
+
+@pitfall(
+    "gguf",
+    cost="hours",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"no working quantizer found",
+        r"(?:llama-quantize|quantize|convert(?:[-_]hf[-_]to[-_]gguf)?\.py).{0,80}(?:not found|no such"
+        r" file|does not exist|command not found)",
+        r"(?:can't open file|cannot find).{0,80}(?:convert\S*\.py|llama-quantize)",
+        r"llama\.cpp.{0,60}(?:build failed|failed to (?:build|compile)|does not exist)",
+        r"unsloth: .{0,60}(?:llama\.cpp|quantiz).{0,80}(?:fail|not|error)",
+    ],
+    sources=[
+        "https://github.com/unslothai/unsloth/issues/3817",
+        "https://github.com/unslothai/unsloth/issues/341",
+        "https://github.com/unslothai/unsloth/issues/3928",
+    ],
+)
+def export_toolchain_missing() -> None:
+    """The tools for a GGUF export are missing or have been renamed.
+
+    Why: Exporters clone and build llama.cpp at the very end, which needs git, cmake and a compiler; its scripts
+    were renamed more than once (convert.py, quantize to llama-quantize).
+
+    Fix: Build a pinned llama.cpp and run llama-quantize --help before the training, not after it.
+
+    GGUF 导出所需的工具缺失或已改名。
+
+    为何：导出程序在最后才克隆并编译 llama.cpp，需要 git、cmake 和编译器；它的脚本也多次改名（convert.py，
+    quantize 改为 llama-quantize）。
+
+    办法：在训练之前就编译好固定版本的 llama.cpp，并运行 llama-quantize --help 确认。
+    """
+
+
+@pitfall(
+    "gguf",
+    cost="run",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"Model \w+ is not supported",
+        r"NotImplementedError: Architecture '?\w+'? not supported",
+        r"unknown model architecture: ",
+        r"model architecture .{0,40}not supported",
+        r"Conversion impossible",
+    ],
+    sources=[
+        "https://github.com/ggml-org/llama.cpp/issues/13421",
+        "https://github.com/ggml-org/llama.cpp/issues/17197",
+    ],
+)
+def gguf_arch_unsupported() -> None:
+    """llama.cpp knows no such architecture, so the trained model cannot become a GGUF.
+
+    Why: The converter has a list of architectures and tokenizers; a base outside of it fails at the very end, or
+    loads only in a newer llama.cpp than the one installed.
+
+    Fix: Convert the untrained base first. If it fails, update llama.cpp, choose another base, or serve with another
+    program.
+
+    llama.cpp 不认识该结构，训练好的模型无法转成 GGUF。
+
+    为何：转换器只支持列表中的结构和分词器；不在其中的基座会在最后一步失败，或只能用更新的 llama.cpp 加载。
+
+    办法：先转换未训练的基座试一下；失败就升级 llama.cpp、换基座或换推理程序。
+    """
+
+
+@pitfall(
+    "gguf",
+    cost="hours",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"added a BOS token to the prompt as specified by the model but the prompt also starts with a BOS",
+        r"double BOS",
+        r"two (?:BOS|<\|begin_of_text\|>)",
+    ],
+    sources=[
+        "https://github.com/abetlen/llama-cpp-python/pull/1439",
+        "https://github.com/unslothai/unsloth/issues/3899",
+    ],
+)
+def gguf_double_bos_at_inference() -> None:
+    """A GGUF model gets two BOS tokens, one from the tokenizer and one from the template.
+
+    Why: The file says add_bos_token and its chat template writes BOS too. The model was trained with one, so
+    answers are a little worse everywhere, without an error.
+
+    Fix: Let only one of them add it: strip BOS from the rendered prompt, or set tokenizer.ggml.add_bos_token to
+    false.
+
+    GGUF 模型收到两个 BOS，一个来自分词器，一个来自模板。
+
+    为何：文件里写了 add_bos_token，对话模板又写一次 BOS；训练时只有一个，于是处处略差而没有报错。
+
+    办法：只让其中一个添加：去掉渲染后提示开头的 BOS，或把 tokenizer.ggml.add_bos_token 设为 false。
+    """
+
+
+@pitfall(
+    "gguf",
+    cost="hours",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"could not find (?:a )?tokenizer\.model",
+        r"tokenizer\.model.{0,80}(?:not found|no such file|is missing)",
+        r"(?:file not found|FileNotFoundError|no such file).{0,120}tokenizer\.model",
+        r"spm vocab not found",
+        r"could not find any of \['?(?:vocab|tokenizer)",
+    ],
+    sources=[
+        "https://github.com/ggml-org/llama.cpp/issues/3256",
+        "https://github.com/ggml-org/llama.cpp/issues/2443",
+        "https://github.com/ggml-org/llama.cpp/issues/4120",
+    ],
+)
+def gguf_no_tokenizer_model() -> None:
+    """The converter wants tokenizer.model and the trained folder has only tokenizer.json.
+
+    Why: Trainers save the fast tokenizer only; for sentencepiece families llama.cpp reads the original file.
+
+    Fix: Copy tokenizer.model from the base beside the weights; check that tokens added in training are in
+    tokenizer.json or added_tokens.json.
+
+    转换器需要 tokenizer.model，而训练目录里只有 tokenizer.json。
+
+    为何：训练器只保存快速分词器；对 sentencepiece 系列，llama.cpp 要读原始文件。
+
+    办法：从基座把 tokenizer.model 复制到权重旁，并确认训练时添加的词元在 tokenizer.json 或 added_tokens.json 中。
+    """
+
+
+@pitfall(
+    "gguf",
+    cost="run",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"BPE pre-tokenizer was not recognized",
+        r"get_vocab_base_pre\(\)",
+        r"unknown pre-tokenizer type",
+        r"missing (?:or unrecognized )?pre-tokenizer type",
+    ],
+    sources=[
+        "https://github.com/ggml-org/llama.cpp/issues/8649",
+        "https://github.com/ggml-org/llama.cpp/issues/9927",
+        "https://github.com/ggml-org/llama.cpp/issues/22700",
+    ],
+)
+def gguf_pretokenizer_hash_unknown() -> None:
+    """llama.cpp does not recognise how the tokenizer splits text.
+
+    Why: It knows families by a hash over the ids of a test text; an added token or another version of tokenizers
+    changes the hash although the family is supported.
+
+    Fix: Convert with the base's tokenizer files plus added_tokens.json, or update llama.cpp; a quick vocab-only
+    conversion before the training shows it.
+
+    llama.cpp 不认识分词器的切分方式。
+
+    为何：它用测试文本编号的哈希识别系列；加了一个词元或换了 tokenizers 版本，哈希就变了，尽管系列本身受支持。
+
+    办法：用基座的分词器文件加 added_tokens.json 转换，或升级 llama.cpp；训练前做一次只含词表的转换就能发现。
+    """
+
+
+@pitfall(
+    "gguf",
+    cost="minutes",
+    errors=[
+        r"model has -\d+, but tokenizer",
+        r"vocab(?:ulary)?[_ ]size\W{0,6}-1\b",
+    ],
+    sources=[
+        "https://github.com/ggml-org/llama.cpp/issues/3900",
+        "https://github.com/ggml-org/llama.cpp/issues/4045",
+    ],
+)
+def gguf_vocab_minus_one(facts: Facts) -> Iterable[Finding]:
+    """The model's config gives a vocabulary of -1 or none at all.
+
+    Why: Meta's params.json says vocab_size -1, "ask the tokenizer". A converter that copies it writes a model that
+    llama.cpp and transformers refuse, or whose head has the wrong size.
+
+    Fix: Write the number of rows of the embedding into vocab_size of config.json (32000 for LLaMA 1 and 2).
+
+    模型配置里的词表大小是 -1 或不是正数。
+
+    为何：Meta 的 params.json 写的是 vocab_size -1，意思是“问分词器”。
+    照抄它的转换器写出的模型会被 llama.cpp 和 transformers 拒绝，或输出层大小错误。
+
+    办法：把嵌入层的行数写进 config.json 的 vocab_size（LLaMA 1 和 2 是 32000）。
+    """
+    model = facts.model
+    if model is None:
+        return
+    for key, size in _vocabulary_sizes(model.config):
+        if isinstance(size, int) and size <= 0:
+            rows = model.embedding_rows
+            yield Finding(
+                what=f"{key} is {size}" + (f", and the embedding has {rows:,} rows" if rows else ""),
+                where=f"{model.folder or model.path}/config.json, field {key}",
+                to_do=f"write {rows}" if rows else "write the number of rows of the embedding",
+            )
+
+
+def _vocabulary_sizes(config: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """vocab_size, also that of the language part of a model with several."""
+    if "vocab_size" in config:
+        yield "vocab_size", config["vocab_size"]
+    for part in ("text_config", "llm_config", "language_config"):
+        inner = config.get(part)
+        if isinstance(inner, Mapping) and "vocab_size" in inner:
+            yield f"{part}.vocab_size", inner["vocab_size"]
+
+
+@pitfall(
+    "gguf",
+    cost="launch",
+    errors=[r"vocab(?:ulary)? size mismatch \(model has \d+,? but .{0,80}has \d+\)(?!.{0,40}most likely)"],
+    sources=[
+        "https://github.com/ggml-org/llama.cpp/issues/6111",
+        "https://github.com/hf-lin/ChatMusician/issues/23",
+    ],
+)
+def gguf_vocab_model_32000_tok_32001(facts: Facts) -> Iterable[Finding]:
+    """The tokenizer has more tokens than the model has rows.
+
+    Why: A file such as added_tokens.json names a token (often <pad> = 32000) for which the weights were never given a
+    row. Training may never meet it, but converters and servers compare the two numbers and refuse the finished model.
+
+    Fix: Remove the unused token from the tokenizer's files, or add the rows to the model and train them.
+
+    分词器的词元比模型的行数多。
+
+    为何：added_tokens.json 之类的文件写了一个词元（常见的是 <pad> = 32000），权重里却没有它的行。
+    训练可能从不遇到它，但转换器和推理服务会比较两个数，拒绝训练好的模型。
+
+    办法：从分词器文件里删掉不用的词元，或给模型加行并训练。
+    """
+    model, tokenizer = facts.model, facts.tokenizer
+    if model is None or tokenizer is None or not model.embedding_rows:
+        return
+    beyond = {name: number for name, number in tokenizer.added_tokens.items() if number >= model.embedding_rows}
+    if not beyond or tokenizer.num_ids - len(beyond) > model.embedding_rows:
+        return  # nothing is added, or it is another tokenizer altogether, which area tokenizer says
+    named = ", ".join(f"{name} = {number}" for name, number in sorted(beyond.items(), key=lambda one: one[1])[:4])
+    yield Finding(
+        what=f"the tokenizer adds {named}, and the embedding has {model.embedding_rows:,} rows (0 to "
+        f"{model.embedding_rows - 1:,})",
+        where=f"{tokenizer.source}, added tokens",
+        to_do="remove the added tokens from added_tokens.json, tokenizer_config.json and tokenizer.json (nothing can "
+        "have learned them), or name the tokenizer that belongs to the weights (model.tokenizer)",
+        level="warning",
+    )
+
+
+@pitfall(
+    "gguf",
+    cost="launch",
+    errors=[r"vocab(?:ulary)? size mismatch .{0,160}most likely you are missing added_tokens"],
+    sources=[
+        "https://github.com/lm-sys/FastChat/issues/484",
+        "https://github.com/ggml-org/llama.cpp/issues/3442",
+    ],
+)
+def gguf_vocab_model_32001_tok_32000(facts: Facts) -> Iterable[Finding]:
+    """The model has rows for added tokens whose names the tokenizer does not know.
+
+    Why: The weights were resized in an earlier training and the tokenizer was taken from the base, so the added token
+    (a padding token, a turn end) has a row and no name. It is never trained or produced, and converters refuse it.
+
+    Fix: Take the tokenizer files of the training that resized the weights, added_tokens.json among them.
+
+    模型有新增词元的行，分词器却不知道它们的名字。
+
+    为何：权重在之前的训练中扩过词表，分词器却取自基座，于是新增词元（填充、轮次结尾）有行而无名，
+    不会被训练也不会被生成，转换器也会拒绝。
+
+    办法：使用扩过词表的那次训练保存的分词器文件，包括 added_tokens.json。
+    """
+    model, tokenizer = facts.model, facts.tokenizer
+    if model is None or tokenizer is None or not model.embedding_rows or tokenizer.num_ids < FEWEST_TOKENS:
+        return
+    surplus = model.embedding_rows - tokenizer.num_ids
+    # Rows that pad a table to a round number are no tokens; one or a few beyond a round number are.
+    if 0 < surplus <= MOST_ADDED and model.embedding_rows % 8 and tokenizer.num_ids % 8 == 0:
+        yield Finding(
+            what=f"the embedding has {model.embedding_rows:,} rows and the tokenizer {tokenizer.num_ids:,} tokens: "
+            f"{surplus} added token{'s' * (surplus > 1)} without a name",
+            where=f"{model.path}, and the tokenizer of {tokenizer.source}",
+            to_do="name the tokenizer that was saved with these weights (model.tokenizer), or copy its "
+            "added_tokens.json and tokenizer_config.json beside them",
+            level="warning",
+        )
+
+
+@pitfall(
+    "gguf",
+    cost="hours",
+    kind="explained",
+    because=NO_GGUF,
+    errors=[
+        r"lora-to-gguf",
+        r"unexpected name .{1,120}not a lora_A or lora_B tensor",
+        r"not a lora_A or lora_B tensor",
+    ],
+    sources=[
+        "https://github.com/ggml-org/llama.cpp/issues/11554",
+        "https://github.com/ggml-org/llama.cpp/issues/3651",
+    ],
+)
+def lora_gguf_with_embeddings() -> None:
+    """An adapter that trained embeddings cannot become a GGUF adapter.
+
+    Why: llama.cpp's adapter format holds low-rank pairs only; whole embeddings (modules_to_save, added tokens) do
+    not fit in.
+
+    Fix: Merge the adapter into its base, then convert the merged model.
+
+    训练过嵌入层的适配器无法转成 GGUF 适配器。
+
+    为何：llama.cpp 的适配器格式只能放低秩矩阵对，整层嵌入（modules_to_save、新增词元）放不进去。
+
+    办法：先把适配器合并进基座，再转换合并后的模型。
+    """
