@@ -68,8 +68,8 @@ def weights_not_finite(facts: Facts) -> Iterable[Finding]:
 def weights_incomplete(facts: Facts) -> Iterable[Finding]:
     """A weight file is missing, cut short, or does not fit its index.
 
-    Why: A download that broke off, a full disk or a copy of half a folder leaves files that look right by name. Loading
-    fails minutes later with a message about a header, or fills the missing tensors with random values.
+    Why: A download that broke off, a full disk or a copy of half a folder leaves files that look right by name.
+    Loading fails minutes later with a message about a header, or fills the missing tensors with random values.
 
     Fix: Copy or download the named files again. Folders with pickled weights only (.bin, .pt) must be converted to
     safetensors where you trust them, since opening a pickle can run any program.
@@ -147,8 +147,8 @@ def weights_do_not_fit_config(facts: Facts) -> Iterable[Finding]:
 def weights_all_zero(facts: Facts) -> Iterable[Finding]:
     """A weight matrix holds nothing but zeros.
 
-    Why: An export from sharded training that gathered nothing, or an allocation that was never filled, leaves zeros of
-    the right shape. Every check of names and sizes passes, and the layer passes nothing on.
+    Why: An export from sharded training that gathered nothing, or an allocation that was never filled, leaves zeros
+    of the right shape. Every check of names and sizes passes, and the layer passes nothing on.
 
     Fix: Get the weights from where they are complete. Blocks that were inserted as zeros on purpose (block expansion)
     are the exception: then add `weights-all-zero` to `accept`.

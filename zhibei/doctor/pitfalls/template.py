@@ -38,9 +38,9 @@ def template_origin(facts: Facts) -> str:
 def double_bos_template_plus_tokenizer(facts: Facts) -> Iterable[Finding]:
     """Rows or prompts begin with two beginning-of-sequence tokens.
 
-    Why: The template writes BOS, and the tokenizer puts another one in front. When only one side does it, the model is
-    prompted with a beginning that it never saw. zhibei adds nothing while encoding, so here it can only come from the
-    chat template itself.
+    Why: The template writes BOS, and the tokenizer puts another one in front. When only one side does it, the model
+    is prompted with a beginning that it never saw. zhibei adds nothing while encoding, so here it can only come
+    from the chat template itself.
 
     Fix: Take one of the two out of the chat template (`bos_token` and the token's text both stand in it).
 
@@ -224,9 +224,9 @@ def prompt_marker_tokenises_by_context(facts: Facts) -> Iterable[Finding]:
     """A prompt has other ids when chatting than in training.
 
     Why: Plain-text markers are tokenised together with what follows them: where the prompt ends in a colon and the
-    answer begins with a newline or a smile, one token holds both. In training the model sees that token; when chatting
-    it sees the prompt alone, cut at another place. Templates that end a prompt with other white space than training
-    has before the answer do the same to every row.
+    answer begins with a newline or a smile, one token holds both. In training the model sees that token; when
+    chatting it sees the prompt alone, cut at another place. Templates that end a prompt with other white space than
+    training has before the answer do the same to every row.
 
     Fix: Use a template whose prompt ends in a newline or a control token (`alpaca_lora` instead of `alpaca`), or
     correct the chat template.
@@ -247,7 +247,7 @@ def prompt_marker_tokenises_by_context(facts: Facts) -> Iterable[Finding]:
                 what=f"in {merged:,} of {kept:,} rows ({merged / kept:.0%}) one token holds the end of the prompt and "
                 "the beginning of the answer",
                 where=template_origin(facts),
-                to_do="use a template whose prompt ends in a newline or a token of its own (data.template: alpaca_lora)",
+                to_do="use a template whose prompt ends in a newline or a control token (data.template: alpaca_lora)",
                 level="warning",
             )
     if template is None or template.knows_thinking or not template.prompt_differs:

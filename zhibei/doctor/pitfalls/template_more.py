@@ -32,9 +32,9 @@ STOPPING_SHARE = 0.5
 def roles_must_alternate(facts: Facts) -> Iterable[Finding]:
     """Conversations have an order of roles that the template cannot express.
 
-    Why: Many templates want user and assistant in turn, and some know no system prompt. A conversation that begins with
-    an answer or says two things in a row raises an error, in the middle of a run where rows are rendered late. All rows
-    are rendered here before training.
+    Why: Many templates want user and assistant in turn, and some know no system prompt. A conversation that begins
+    with an answer or says two things in a row raises an error, in the middle of a run where rows are rendered late.
+    All rows are rendered here before training.
 
     Fix: Merge neighbouring messages of one role, put the system prompt into the first question, drop what begins with
     an answer; or use a template without an order of roles (chatml, llama3).
@@ -118,8 +118,8 @@ def thinking_template_mismatch(facts: Facts) -> Iterable[Finding]:
     """Training rows are written in another thinking mode than prompts.
 
     Why: Templates of reasoning models open or close a `<think>` block depending on a switch and on the place of the
-    turn. When prompts end in an open block and training rows have a closed one there, the model is asked to go on from
-    a beginning it never saw: it thinks without end, or writes empty thoughts.
+    turn. When prompts end in an open block and training rows have a closed one there, the model is asked to go on
+    from a beginning it never saw: it thinks without end, or writes empty thoughts.
 
     Fix: Choose one mode and keep to it: train on rows with thoughts, or serve with the mode that fits
     (`enable_thinking=false`), or use a template without thoughts (chatml for Qwen).

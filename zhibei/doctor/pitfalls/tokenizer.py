@@ -50,8 +50,8 @@ def fast_tokenizer_ignores_add_eos(facts: Facts) -> Iterable[Finding]:
 
     Why: Many fast tokenizers fix their post-processor when they are built, so `add_eos_token` changes nothing: code
     that relies on it trains without an end signal. Where it does work, prompts end in EOS as well, and the model is
-    asked to go on after its own full stop. zhibei's templates write the terminator themselves, so rows here are right;
-    the setting is saved with the model and misleads whoever loads it.
+    asked to go on after its own full stop. zhibei's templates write the terminator themselves, so rows here are
+    right; the setting is saved with the model and misleads whoever loads it.
 
     Fix: Remove `add_eos_token` from tokenizer_config.json (or rebuild tokenizer.json without it).
 
@@ -94,8 +94,8 @@ def legacy_flag_changes_between_versions(facts: Facts) -> Iterable[Finding]:
     """The tokenizer spells texts differently than when the model was trained.
 
     Why: The `legacy` flag, the class or a converted tokenizer.json decide whether a space is put in front of a word
-    after a special token. After an upgrade or a new conversion the same text has other ids: labels shift by one, and a
-    fine-tune is prompted with pieces it never saw.
+    after a special token. After an upgrade or a new conversion the same text has other ids: labels shift by one,
+    and a fine-tune is prompted with pieces it never saw.
 
     Fix: Use the tokenizer that lies in the trained model's folder; it was saved whole.
 
@@ -137,9 +137,9 @@ def legacy_flag_changes_between_versions(facts: Facts) -> Iterable[Finding]:
 def llama_wrong_special_ids_decapoda(facts: Facts) -> Iterable[Finding]:
     """The files of the model name other special ids than its vocabulary has.
 
-    Why: Early conversions of LLaMA carried bos 0, eos 1 and pad -1 with empty token texts, where the vocabulary has 1
-    and 2. Code that takes ids from config.json trains an end signal that is another token, and code that counts tokens
-    masks every target.
+    Why: Early conversions of LLaMA carried bos 0, eos 1 and pad -1 with empty token texts, where the vocabulary has
+    1 and 2. Code that takes ids from config.json trains an end signal that is another token, and code that counts
+    tokens masks every target.
 
     Fix: Correct config.json and tokenizer_config.json to the ids of the vocabulary (LLaMA: bos `<s>` 1, eos `</s>` 2,
     unk `<unk>` 0), or take the files of a newer conversion. Rows that were tokenised elsewhere must be made again.
@@ -203,8 +203,8 @@ def llama_wrong_special_ids_decapoda(facts: Facts) -> Iterable[Finding]:
 def new_token_rows_misplaced_in_padded_embedding() -> None:
     """The rows of new tokens are initialised at the end of an embedding that is longer than the vocabulary.
 
-    Why: Embeddings are padded to a round number of rows. An initialiser that writes the last rows hits the padding, and
-    the new ids, which lie before it, stay as they were.
+    Why: Embeddings are padded to a round number of rows. An initialiser that writes the last rows hits the padding,
+    and the new ids, which lie before it, stay as they were.
 
     Fix: Write rows by token id. Models that got such rows elsewhere show it as control tokens with untrained rows
     (see instruct-template-on-base).
@@ -231,8 +231,8 @@ def new_token_rows_misplaced_in_padded_embedding() -> None:
 def slow_fast_space_after_special(facts: Facts) -> Iterable[Finding]:
     """tokenizer.json and tokenizer.model give other ids for the same text.
 
-    Why: Slow tokenizers, llama.cpp and some servers read tokenizer.model; fast ones read tokenizer.json. Where the two
-    differ, a model is trained on one spelling and served with another, and nothing says so.
+    Why: Slow tokenizers, llama.cpp and some servers read tokenizer.model; fast ones read tokenizer.json. Where the
+    two differ, a model is trained on one spelling and served with another, and nothing says so.
 
     Fix: Keep the file that the base was trained with and build the other from it:
     `AutoTokenizer.from_pretrained(PATH, use_fast=True)` on a folder without tokenizer.json.

@@ -54,8 +54,8 @@ def tokenizer_of_another_model(facts: Facts) -> Iterable[Finding]:
 def train_infer_special_ids_disagree(facts: Facts) -> Iterable[Finding]:
     """Training and inference use other special ids.
 
-    Why: One script takes ids from the tokenizer, the next from config.json, a third sets them by hand. The model learns
-    to end with one token and is stopped at another, so answers end in `<unk>` or not at all.
+    Why: One script takes ids from the tokenizer, the next from config.json, a third sets them by hand. The model
+    learns to end with one token and is stopped at another, so answers end in `<unk>` or not at all.
 
     Fix: One source: the tokenizer. Correct generation_config.json of the base to its ids; continue a run with the
     tokenizer it was trained with.
