@@ -70,6 +70,8 @@ class TokenizerFacts:
     """How its vocabulary differs from that of the tokenizer beside the model's weights; "" when it does not."""
     misplaced: tuple[str, ...] = ()
     """Special tokens that tokenizer.model has at another id."""
+    models_own_ids: int | None = None
+    """Where another tokenizer than the model's own is used: how many ids the model's own has."""
 
 
 @dataclass(frozen=True, slots=True)
