@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
+from pkgutil import iter_modules
 
 import pytest
 
+from tests.doctor import canaries
 from tests.doctor.canaries import Canaries
 from tests.doctor.healthy import healthy
 from zhibei.doctor.pitfall import CATALOGUE, Finding
@@ -19,8 +20,8 @@ CHECKS = [name for name, entry in CATALOGUE.items() if entry.find is not None]
 def canaries_of(area: str) -> Canaries:
     """What the files of an area state together."""
     found: Canaries = {}
-    for name in (f"test_{area}", f"test_{area}_more"):
-        if find_spec(f"tests.doctor.canaries.{name}") is not None:
+    for name in sorted(module.name for module in iter_modules(canaries.__path__)):
+        if name == f"test_{area}" or name.startswith(f"test_{area}_"):
             stated: Canaries = import_module(f"tests.doctor.canaries.{name}").CANARIES
             assert not stated.keys() & found.keys(), f"{area}: two files state the same canaries"
             found |= stated

@@ -33,6 +33,11 @@ LEARNING_RATES = {  # (full, adapters)
 }
 
 
+# torch's Adafactor multiplies the rate by the root mean square of each weight, about 0.02 in language models, where
+# AdamW moves a weight by the rate itself.
+RATE_FACTORS = {"adafactor": 50}
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedRun:
     """A run file ready to use.
@@ -52,7 +57,8 @@ def plan_values(run: RunFile) -> dict[str, Any]:
     """Values that follow from the run file alone, for fields that were left open."""
     planned: dict[str, Any] = {}
     if run.training.learning_rate is None:
-        planned[f"{run.stage}.learning_rate"] = LEARNING_RATES[run.stage][run.model.method != "full"]
+        rate = LEARNING_RATES[run.stage][run.model.method != "full"]
+        planned[f"{run.stage}.learning_rate"] = rate * RATE_FACTORS.get(run.training.optimizer, 1)
     if run.model.method == "qlora" and run.model.quantize == "none":
         planned["model.quantize"] = "nf4"
     if run.stage == "ppo" and run.model.method == "full" and "models" not in run.ppo.model_fields_set:

@@ -25,8 +25,8 @@ from zhibei.doctor.facts.facts import Defect, Facts
 from zhibei.doctor.facts.machine import read_machine
 from zhibei.doctor.facts.model import ModelFacts, read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
-from zhibei.doctor.facts.rows import PairFacts, RowFacts
-from zhibei.doctor.facts.text import read_template_facts, read_tokenizer_facts
+from zhibei.doctor.facts.rows import read_pair_facts, read_row_facts
+from zhibei.doctor.facts.text import TokenizerFacts, num_ids_of, read_template_facts, read_tokenizer_facts
 from zhibei.model.locate import locate
 from zhibei.plan.machines import Machine
 from zhibei.store.run_dir import RunDir
@@ -77,7 +77,7 @@ def gather_facts(
     run, parts = resolved.run, Parts()
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="facts") as beside:
         # Looking at the machine waits for other programs, so it goes on beside the reading of rows.
-        environment = beside.submit(parts.get, "environment", lambda: _read_environment(run, machine))
+        environment = beside.submit(parts.get, "environment", lambda: read_environment(run, machine=machine))
         around = beside.submit(parts.get, "machine", read_machine) if machine is None else None
         words = _read_words(run, parts)
         rows = _read_rows(run, words, parts, on_rows)
@@ -91,8 +91,16 @@ def gather_facts(
     facts = _with_reward(_with_model(facts, parts), parts)
     facts = _with_text(facts, words, parts)
     facts = _with_row_norms(facts, parts)
-    facts = _with_rows(facts, words, rows, parts)
+    facts = _with_rows(facts, words, rows, Gathering(parts, on_rows))
     return replace(facts, faults=_distinct(parts.faults), defects=tuple(parts.defects))
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What every part needs beside the facts."""
+
+    parts: Parts
+    on_rows: OnRows | None = None
 
 
 @dataclass(frozen=True)
@@ -101,17 +109,6 @@ class Words:
 
     tokenizer: Tokenizer | None = None
     template: Template | None = None
-
-
-def _read_environment(run: RunFile, machine: Machine | None) -> EnvironmentFacts:
-
-    return read_environment(run, machine=machine)
-
-
-def _read_machine() -> Machine:
-    from zhibei.doctor.facts.machine import read_machine
-
-    return read_machine()
 
 
 def _read_words(run: RunFile, parts: Parts) -> Words:
@@ -216,10 +213,17 @@ def _with_text(facts: Facts, words: Words, parts: Parts) -> Facts:
     tokenizer, template = words.tokenizer, words.template
     if tokenizer is None:
         return facts
-    facts = replace(facts, tokenizer=parts.get("tokenizer", lambda: read_tokenizer_facts(tokenizer, facts.model)))
+    facts = replace(facts, tokenizer=parts.get("tokenizer", lambda: _tokenizer(facts, tokenizer)))
     if template is None:
         return facts
     return replace(facts, template=parts.get("template", lambda: read_template_facts(template, tokenizer)))
+
+
+def _tokenizer(facts: Facts, tokenizer: Tokenizer) -> TokenizerFacts:
+    found = read_tokenizer_facts(tokenizer, facts.model)
+    if facts.run.model.tokenizer is None or facts.model is None or facts.model.folder is None:
+        return found
+    return replace(found, models_own_ids=num_ids_of(facts.model.folder))
 
 
 def _with_row_norms(facts: Facts, parts: Parts) -> Facts:
@@ -232,25 +236,17 @@ def _with_row_norms(facts: Facts, parts: Parts) -> Facts:
     return replace(facts, model=parts.get("model", lambda: with_row_norms(model, numbers)) or model)
 
 
-def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, parts: Parts) -> Facts:
-    tokenizer, template = words.tokenizer, words.template
+def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, gathering: Gathering) -> Facts:
+    tokenizer, template, parts, run = words.tokenizer, words.template, gathering.parts, facts.run
     if rows is not None:
-        return replace(facts, rows=parts.get("rows", lambda: _rows(facts.run, rows)))
-    if tokenizer is None or template is None or facts.run.stage not in ("reward", "dpo"):
+        return replace(facts, rows=parts.get("rows", lambda: read_row_facts(run, rows)))
+    if tokenizer is None or template is None or run.stage == "sft":
         return facts
-    return replace(facts, pairs=parts.get("pairs", lambda: _pairs(facts.run, tokenizer, template)))
-
-
-def _rows(run: RunFile, rows: PreparedSet) -> RowFacts:
-    from zhibei.doctor.facts.rows import read_row_facts
-
-    return read_row_facts(run, rows)
-
-
-def _pairs(run: RunFile, tokenizer: Tokenizer, template: Template) -> PairFacts:
-    from zhibei.doctor.facts.rows import read_pair_facts
-
-    return read_pair_facts(run, tokenizer, template)
+    pairs = parts.get("pairs", lambda: read_pair_facts(run, tokenizer, template, on_rows=gathering.on_rows))
+    if pairs is None or facts.resolved is None:
+        return facts
+    planned = plan_intervals(run, num_steps=pairs.num_steps)
+    return replace(facts, pairs=pairs, resolved=with_planned(facts.resolved, planned))
 
 
 def _distinct(faults: list[UserError]) -> tuple[UserError, ...]:

@@ -143,6 +143,17 @@ def read_tokenizer_facts(tokenizer: Tokenizer, model: ModelFacts | None = None) 
     )
 
 
+def num_ids_of(folder: Path) -> int | None:
+    """One more than the highest id of the tokenizer in a model's folder; None when it has no tokenizer.json."""
+    try:
+        whole = read_json(folder / "tokenizer.json")
+        vocabulary = whole["model"]["vocab"]
+        highest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values())
+        return 1 + max([highest, *(token["id"] for token in whole.get("added_tokens", ()))])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _settings(folder: Path | None, name: str) -> dict[str, Any]:
     """A JSON file of settings; what cannot be read says nothing here (loading the tokenizer refused it already)."""
     if folder is None or not (folder / name).is_file():

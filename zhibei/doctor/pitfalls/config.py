@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zhibei.config.resolve import value_of
+from zhibei.config.resolve import LEARNING_RATES, RATE_FACTORS, value_of
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
@@ -15,8 +15,6 @@ FULL_WARN, FULL_STOP = 3e-4, 2e-3
 # 1e-4 to 3e-4 in the QLoRA paper (arXiv:2305.14314, table 9) and Alpaca-LoRA; up to 1e-3 for small ranks.
 ADAPTER_WARN, ADAPTER_STOP = 1e-3, 1e-2
 STOP_WHATEVER_WIDTH = 0.1
-# torch's Adafactor multiplies the rate by the root mean square of each weight, about 0.02 in language models.
-ADAFACTOR_FACTOR = 50
 # AdamW moves a weight by at most about the rate; a weight of 0.02 in fp32 has steps of 2e-9 and rounds less away.
 ROUNDED_AWAY = 1e-9
 # Below the lowest published rates: 1e-6 and up for full fine-tuning; full fine-tuning's 1e-5 is too low for adapters.
@@ -98,9 +96,9 @@ def learning_rate_too_high(facts: Facts) -> Iterable[Finding]:
     if rate is None or is_published(facts, key):
         return
     warn, stop = (FULL_WARN, FULL_STOP) if facts.run.model.method == "full" else (ADAPTER_WARN, ADAPTER_STOP)
-    factor = STAGE_FACTORS[facts.run.stage][0] * (ADAFACTOR_FACTOR if training.optimizer == "adafactor" else 1)
+    factor = STAGE_FACTORS[facts.run.stage][0] * RATE_FACTORS.get(training.optimizer, 1)
     scale = factor * REFERENCE_WIDTH / width if width else 0.0
-    is_ruinous = rate >= STOP_WHATEVER_WIDTH * (ADAFACTOR_FACTOR if training.optimizer == "adafactor" else 1)
+    is_ruinous = rate >= STOP_WHATEVER_WIDTH * RATE_FACTORS.get(training.optimizer, 1)
     is_ruinous = is_ruinous or (bool(scale) and rate > stop * scale)
     if is_ruinous or (scale and rate > warn * scale):
         usual = f"up to {warn * scale:.2g} for a hidden size of {width}" if scale else "far below 0.1"
@@ -114,8 +112,8 @@ def learning_rate_too_high(facts: Facts) -> Iterable[Finding]:
 
 
 def _usual_rate(facts: Facts) -> float:
-    usual = 2e-5 if facts.run.model.method == "full" else 2e-4
-    return usual * (ADAFACTOR_FACTOR if facts.run.training.optimizer == "adafactor" else 1)
+    run = facts.run
+    return LEARNING_RATES[run.stage][run.model.method != "full"] * RATE_FACTORS.get(run.training.optimizer, 1)
 
 
 @pitfall("config", cost="run", sources=["https://thinkingmachines.ai/blog/lora/"])
@@ -142,7 +140,7 @@ def learning_rate_too_low(facts: Facts) -> Iterable[Finding]:
     if rate is None or is_published(facts, key):
         return
     is_full = facts.run.model.method == "full"
-    factor = ADAFACTOR_FACTOR if training.optimizer == "adafactor" else 1
+    factor = RATE_FACTORS.get(training.optimizer, 1)
     low = (FULL_LOW if is_full else ADAPTER_LOW) * STAGE_FACTORS[facts.run.stage][1] * factor
     is_nothing = rate < ROUNDED_AWAY * factor
     if is_nothing or rate < low:
