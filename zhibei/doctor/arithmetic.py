@@ -1,0 +1,36 @@
+"""On which cards and in which arithmetic a run will compute, from its run file and the machine. Knows no check.
+
+The same choices as `zhibei/model/device.py` makes, without torch.
+"""
+
+from __future__ import annotations
+
+import re
+
+from zhibei.doctor.facts.facts import Facts
+from zhibei.plan.machines import Gpu
+
+
+def cards_of(facts: Facts) -> list[tuple[int, Gpu]]:
+    """(number, card) of each card the run may use: none for `device: cpu`, one for `cuda:1`, else all."""
+    gpus = list(enumerate(facts.machine.gpus))
+    if facts.resolved is None:
+        return gpus
+    device = facts.run.device.strip().lower()
+    if device == "cpu":
+        return []
+    named = re.fullmatch(r"cuda:(\d+)", device)
+    return [one for one in gpus if named is None or one[0] == int(named[1])]
+
+
+def precision_of(facts: Facts) -> str:
+    """fp32, bf16 or fp16 as forward and backward will compute; `auto` becomes what the first card can do."""
+    asked, cards = facts.run.model.precision, cards_of(facts)
+    if asked != "auto":
+        return asked
+    return "fp32" if not cards else "bf16" if cards[0][1].has_bf16 else "fp16"
+
+
+def described(number: int, gpu: Gpu) -> str:
+    """`GPU 0 (V100-32G, compute capability 7.0)`."""
+    return f"GPU {number} ({gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]})"
