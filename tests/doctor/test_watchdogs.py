@@ -141,7 +141,9 @@ def test_an_alarm_is_given_once_and_the_gravest_first():
     both = {**LOOK, "step": 5, "free_bytes": 0, "without_gradient": 2, "without_gradient_names": ["a"]}
     given = [dogs(record) for record in (STARTED, both, {**both, "step": 10}, {**both, "step": 50})]
     assert [alarm and alarm.name for alarm in given] == [None, "dead_gradient", "disk_filling", None]
+    assert given[1] is not None
     assert given[1].action == "stop"
+    assert given[2] is not None
     assert not given[2].is_worth_saving, "there is no room to save"
 
 
