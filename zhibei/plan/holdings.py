@@ -1,0 +1,152 @@
+"""What lies in memory during the whole run: weights, adapters, masters, optimiser states, gradients. Knows no phases.
+
+Sources: `zhibei/train/split_adamw.py` and `optimizer.py` (states), `zhibei/train/step.py` (gradient sums),
+bitsandbytes (8-bit states of 256-value blocks, 4-bit weights of 64-value blocks), torch's Adafactor (factored states).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from zhibei.plan.job import Job
+from zhibei.plan.shapes import ModelShape
+
+ALLOCATION = 512  # torch's allocator rounds every tensor up to this (c10/cuda/CUDACachingAllocator)
+BLOCK_8BIT, SMALL_8BIT = 256, 4096  # bitsandbytes: block size, and below which tensors keep fp32 states
+BLOCK_NF4 = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Bytes on one GPU before anything is divided among GPUs."""
+
+    weights: int
+    adapters: int
+    masters: int
+    states: int
+    gradients: int
+    """All gradients in the model's type."""
+    gradient_sums: int
+    """fp32 sums of several passes; 0 where gradients are fp32 already or one pass is a step."""
+    trained: int
+    """Parameters that learn."""
+    largest_trained: int
+    largest: int
+    """Elements of the largest tensor of all."""
+    frozen_head: bool
+    frozen_embedding: bool
+    states_from_first_update: bool
+    """Whether the optimiser makes its states in its first step."""
+
+
+def rounded(num_bytes: float) -> int:
+    """As the allocator hands it out."""
+    return -(-math.ceil(num_bytes) // ALLOCATION) * ALLOCATION
+
+
+def holdings_of(shape: ModelShape, job: Job) -> Holdings:
+    """What the model and its optimiser hold."""
+    base = {name: math.prod(size) for name, size in shape.tensors()}
+    adapters = adapter_sizes(shape, job)
+    copied = saved_modules(base, job)
+    trained = list(base.values()) if not job.trains_adapters else [*adapters, *copied]
+    item = job.item_bytes
+    is_split = job.optimizer == "adamw" and job.precision == "bf16"
+    if is_split:
+        masters, states = sum(rounded(2 * n) for n in trained), sum(2 * rounded(4 * n) for n in trained)
+    else:
+        masters = 0 if item == 4 else sum(rounded(4 * n) for n in trained)
+        shapes = dict(shape.tensors())
+        tensors = [shapes[name] for name in base] if not job.trains_adapters else None
+        states = OPTIMIZER_STATES[job.optimizer](tensors or _adapter_shapes(shape, job, copied))
+    return Holdings(
+        weights=weight_bytes(shape, job),
+        adapters=sum(rounded(item * n) for n in (*adapters, *copied)) if job.trains_adapters else 0,
+        masters=masters,
+        states=states,
+        gradients=sum(rounded(item * n) for n in trained),
+        gradient_sums=sum(rounded(4 * n) for n in trained) if item != 4 and job.num_passes > 1 else 0,
+        trained=sum(trained),
+        largest_trained=max(trained, default=0),
+        largest=max(base.values()),
+        frozen_head=job.trains_adapters and not any("lm_head" in name for name in job.modules_to_save),
+        frozen_embedding=job.trains_adapters and not any("embed" in name for name in job.modules_to_save),
+        states_from_first_update=not is_split,
+    )
+
+
+def weight_bytes(shape: ModelShape, job: Job) -> int:
+    """The base: in the model's type, or its linears as int8 or nf4 and the rest in the model's type."""
+    item = job.item_bytes
+    packed = {f"{linear.name}.weight" for linear in shape.linears()} if job.quantize != "none" else set()
+    total = 0
+    for name, size in shape.tensors():
+        elements = math.prod(size)
+        total += PACKED[job.quantize](elements, size[0]) if name in packed else rounded(item * elements)
+    return total
+
+
+def _int8(elements: int, rows: int) -> int:
+    """LLM.int8 (arXiv:2208.07339): a byte per value and an fp32 scale per row."""
+    return rounded(elements) + rounded(4 * rows)
+
+
+def _nf4(elements: int, rows: int) -> int:
+    """QLoRA (arXiv:2305.14314): half a byte per value; scales of 64-value blocks, themselves held in 8 bits."""
+    blocks = -(-elements // BLOCK_NF4)
+    return rounded(elements / 2) + rounded(blocks) + rounded(4 * blocks / 256)
+
+
+PACKED: Mapping[str, Callable[[int, int], int]] = {"int8": _int8, "nf4": _nf4}
+
+
+def adapter_sizes(shape: ModelShape, job: Job) -> list[int]:
+    """Elements of the two matrices of every adapter."""
+    if not job.trains_adapters:
+        return []
+    adapted = [linear for linear in shape.linears() if linear.last_name in job.targets]
+    return [size for linear in adapted for size in (job.rank * linear.inputs, job.rank * linear.outputs)]
+
+
+def saved_modules(base: Mapping[str, int], job: Job) -> list[int]:
+    """Elements of the trained copies that modules_to_save asks for; the frozen originals stay."""
+    wanted = job.modules_to_save if job.trains_adapters else ()
+    return [size for name, size in base.items() if any(part in name.split(".") for part in wanted)]
+
+
+def _adapter_shapes(shape: ModelShape, job: Job, copied: list[int]) -> list[tuple[int, ...]]:
+    adapted = [linear for linear in shape.linears() if linear.last_name in job.targets]
+    pairs = [pair for linear in adapted for pair in ((job.rank, linear.inputs), (linear.outputs, job.rank))]
+    return [*pairs, *((1, size) for size in copied)]
+
+
+def _adamw(shapes: list[tuple[int, ...]]) -> int:
+    return sum(2 * rounded(4 * math.prod(shape)) for shape in shapes)
+
+
+def _adamw_8bit(shapes: list[tuple[int, ...]]) -> int:
+    total = 0
+    for shape in shapes:
+        elements = math.prod(shape)
+        if elements < SMALL_8BIT:
+            total += 2 * rounded(4 * elements)
+        else:
+            total += 2 * (rounded(elements) + rounded(4 * -(-elements // BLOCK_8BIT)))
+    return total
+
+
+def _adafactor(shapes: list[tuple[int, ...]]) -> int:
+    """Row and column means of matrices, every element of vectors (arXiv:1804.04235)."""
+    return sum(
+        rounded(4 * math.prod(shape[:-1])) + rounded(4 * math.prod(shape) // shape[-2])
+        if len(shape) >= 2
+        else rounded(4 * math.prod(shape))
+        for shape in shapes
+    )
+
+
+OPTIMIZER_STATES: Mapping[str, Callable[[list[tuple[int, ...]]], int]] = {
+    "adamw": _adamw, "adamw_8bit": _adamw_8bit, "adafactor": _adafactor,
+}  # fmt: skip

@@ -1,0 +1,185 @@
+"""What a run asks of a machine's memory, as plain values. Knows the run file, not what anything costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from zhibei.config.run import RunFile
+from zhibei.plan.activations import Execution
+from zhibei.plan.machines import Gpu, Machine
+from zhibei.plan.shapes import ModelShape
+
+Sharding = Literal["no_shard", "shard_grad_op", "full_shard", "hybrid"]
+Offload = Literal["none", "optimizer", "all"]
+SHARDINGS: tuple[Sharding, ...] = ("no_shard", "shard_grad_op", "full_shard", "hybrid")
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
+ITEM_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+GPU_PAD_MULTIPLE = 64  # train/materials.py
+PANEL_PROMPTS = 4  # train/samples.py
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is known about the rows. `is_assumed`: nothing was prepared yet, so every row counts as full."""
+
+    longest: int
+    mean_tokens: float
+    num_rows: int | None = None
+    is_assumed: bool = True
+    largest_pass: int | None = None
+    """Most tokens of one forward pass over the run (without the padding to 64), where row lengths are known."""
+    num_passes: int | None = None
+    """Forward passes of the step with the most of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One configuration to predict.
+
+    `pass_tokens`: tokens of the largest forward pass, padding included. `num_passes`: forward passes per optimiser
+    step; from two on, 16-bit gradients are summed in fp32. `row_tokens`: the longest row.
+    """
+
+    pass_tokens: int
+    num_passes: int = 1
+    row_tokens: int = 1024
+    stage: str = "sft"
+    method: str = "full"
+    quantize: str = "none"
+    precision: str = "bf16"
+    optimizer: str = "adamw"
+    checkpointing: str = "none"
+    is_compiled: bool = True
+    packing: bool = True
+    attention: str = "varlen"
+    rank: int = 16
+    targets: tuple[str, ...] = ()
+    """Last names of the linears with an adapter; empty for full training."""
+    modules_to_save: tuple[str, ...] = ()
+    has_loss_extras: bool = False
+    sample_tokens: int = 64
+    has_heldout: bool = True
+    reference: str = "auto"
+    ppo_models: str = "shared"
+    rollout_batch: int = 32
+    max_new_tokens: int = 128
+    sharding: Sharding = "no_shard"
+    offload: Offload = "none"
+    num_gpus: int = 1
+    gpus_per_node: int = 1
+    on_gpu: bool = True
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.precision]
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.method in ("lora", "qlora")
+
+    @property
+    def execution(self) -> Execution:
+        return Execution(
+            item_bytes=self.item_bytes,
+            is_compiled=self.is_compiled,
+            checkpointing=self.checkpointing,
+            attention=self.attention,
+            trains_weights=not self.trains_adapters,
+            adapted=frozenset(self.targets),
+            rank=self.rank,
+        )
+
+
+def precision_on(asked: str, gpu: Gpu | None) -> str:
+    """What `auto` becomes on a card (model/device.py): bf16 where it has it, fp16 on older ones, fp32 on a CPU."""
+    if asked != "auto":
+        return asked
+    if gpu is None:
+        return "fp32"
+    return "bf16" if gpu.has_bf16 else "fp16"
+
+
+def attention_on(asked: str, gpu: Gpu | None, *, packing: bool, precision: str, shape: ModelShape) -> str:
+    """The attention that loading picks (model/load.py, choose_attention)."""
+    if not packing:
+        return "eager" if asked == "eager" or shape.attention_softcap else "sdpa"
+    has_varlen = gpu is not None and gpu.vendor == "nvidia" and gpu.capability >= (8, 0) and precision != "fp32"
+    if has_varlen and asked in ("auto", "varlen") and not shape.attention_softcap:
+        return "varlen"
+    return "documents"
+
+
+def adapted_names(shape: ModelShape, targets: str | list[str]) -> tuple[str, ...]:
+    """Last names of the linears that get an adapter."""
+    names = {linear.last_name for linear in shape.linears()}
+    if targets == "all-linear":
+        return tuple(sorted(names))
+    return tuple(sorted(name for name in names if any(name == target.rsplit(".", 1)[-1] for target in targets)))
+
+
+def job_of(
+    run: RunFile,
+    shape: ModelShape,
+    machine: Machine,
+    rows: Rows,
+    *,
+    micro_batch_tokens: int,
+    checkpointing: str,
+    sharding: Sharding = "no_shard",
+    offload: Offload = "none",
+) -> Job:
+    """The job of a run file on a machine, with the micro-batch and the checkpointing given (they may be planned)."""
+    gpu = machine.smallest_gpu
+    precision = precision_on(run.model.precision, gpu)
+    is_lora = run.model.method != "full"
+    section = run.training
+    num_gpus = max(1, machine.num_gpus) if sharding != "no_shard" or machine.num_gpus > 1 else 1
+    largest, passes = passes_of(rows, micro_batch_tokens, max(1, section.global_batch // num_gpus))
+    multiple = GPU_PAD_MULTIPLE if gpu is not None else 1
+    ppo = run.ppo
+    return Job(
+        pass_tokens=-(-largest // multiple) * multiple,
+        num_passes=passes,
+        row_tokens=rows.longest,
+        stage=run.stage,
+        method=run.model.method,
+        quantize="nf4" if run.model.method == "qlora" and run.model.quantize == "none" else run.model.quantize,
+        precision=precision,
+        optimizer=section.optimizer,
+        checkpointing=checkpointing,
+        is_compiled=gpu is not None if run.model.compile == "auto" else bool(run.model.compile),
+        packing=run.data.packing,
+        attention=attention_on(run.model.attention, gpu, packing=run.data.packing, precision=precision, shape=shape),
+        rank=run.lora.rank,
+        targets=adapted_names(shape, run.lora.targets) if is_lora else (),
+        modules_to_save=tuple(run.lora.modules_to_save) if is_lora else (),
+        sample_tokens=section.sample_tokens,
+        has_heldout=run.data.validation != 0,
+        reference=run.dpo.reference,
+        ppo_models=ppo.models,
+        rollout_batch=ppo.rollout_batch,
+        max_new_tokens=ppo.max_new_tokens,
+        sharding=sharding,
+        offload=offload,
+        num_gpus=num_gpus,
+        gpus_per_node=max(1, len(machine.gpus)),
+        on_gpu=gpu is not None,
+    )
+
+
+def passes_of(rows: Rows, micro_batch_tokens: int, rows_per_gpu: int) -> tuple[int, int]:
+    """(tokens of the largest pass, passes per step) with rows of a known mean, or full ones.
+
+    A step's rows are spread over the fewest nearly equal passes (data/batches.py, split_packed).
+    """
+    if rows.largest_pass is not None and rows.num_passes is not None:
+        return rows.largest_pass, rows.num_passes
+    tokens = int(rows_per_gpu * rows.mean_tokens)
+    passes = max(1, -(-tokens // micro_batch_tokens))
+    if not rows.is_assumed:
+        return min(micro_batch_tokens, max(rows.longest, -(-tokens // passes))), passes
+    fitting = max(1, micro_batch_tokens // rows.longest)
+    passes = max(1, -(-rows_per_gpu // fitting))
+    return -(-rows_per_gpu // passes) * rows.longest, passes

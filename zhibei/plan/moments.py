@@ -1,0 +1,193 @@
+"""The moments at which a training step's memory can peak: loss, its backward, a layer's backward, the update.
+
+Each is a mapping from cause to bytes that comes on top of what is held anyway. Found by replaying the allocator's
+record of real steps (`benchmarks/memory.py --explain`); the code it follows is named at each function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zhibei.plan.activations import NORMS, Execution, layer_bytes, style_of
+from zhibei.plan.holdings import Holdings
+from zhibei.plan.job import Job
+from zhibei.plan.shapes import ModelShape
+
+LOSS_CHUNK = 2048  # losses/tokens.py, chunk_tokens
+ELEMENTS_PER_UPDATE = 2**28  # train/optimizer.py
+Causes = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A name a person understands, and the bytes by cause."""
+
+    name: str
+    causes: Causes
+
+    @property
+    def total(self) -> float:
+        return sum(self.causes.values())
+
+
+def moments_of(shape: ModelShape, job: Job, held: Holdings) -> Iterator[Moment]:
+    """All moments of the last pass of a step (the heaviest one: earlier passes have left their gradient sums)."""
+    kept = kept_bytes(shape, job)
+    # Gradients that lie there while a pass is under way: sums of earlier passes, or fp32 gradients being added to.
+    earlier = held.gradient_sums if job.item_bytes != 4 else held.gradients * (job.num_passes > 1)
+    base: Causes = {"gradients": earlier, **kept}
+    yield Moment("loss", _plus(base, loss_forward(shape, job, held)))
+    yield Moment("backward of the loss", _plus(base, loss_backward(shape, job, held)))
+    yield Moment("backward of the last layer", _plus(base, first_backward(shape, job, held)))
+    yield Moment("backward of the first layer", _plus({"gradients": earlier}, last_backward(shape, job, held)))
+    yield Moment("embedding gradient", _plus({"gradients": earlier}, embedding_backward(shape, job, held)))
+    yield Moment("update", update(job, held))
+
+
+def _plus(base: Causes, more: Causes) -> Causes:
+    return {name: base.get(name, 0.0) + more.get(name, 0.0) for name in {**base, **more}}
+
+
+def kept_bytes(shape: ModelShape, job: Job) -> Causes:
+    """What all layers and the final norm keep for the backward pass."""
+    tokens, item = job.pass_tokens, job.item_bytes
+    layers = layer_bytes(shape, job.execution, row_tokens=job.row_tokens).total * shape.num_layers * tokens
+    return {"activations": layers + _final_norm(shape, job) + _tables(shape, job) + 8 * 3 * tokens}
+
+
+def _final_norm(shape: ModelShape, job: Job) -> float:
+    style = style_of(shape)
+    return NORMS[style.norm](shape.hidden, job.item_bytes, not job.trains_adapters) * job.pass_tokens
+
+
+def _tables(shape: ModelShape, job: Job) -> float:
+    """Cosine and sine of every position, once for all layers."""
+    return 2 * shape.head_dim * job.item_bytes * job.pass_tokens
+
+
+def _head_elements(shape: ModelShape) -> int:
+    return shape.vocabulary * shape.hidden
+
+
+def chunk_bytes(shape: ModelShape, job: Job) -> float:
+    """Logits of one chunk and what is made of them (losses/tokens.py, _chunk_loss_and_gradient).
+
+    Compiled: the logits, the gradient, and the gradient of the chunk before, in the model's type. Not compiled: fp32
+    logits, exponentials, and the one-hot term twice, besides logits and the earlier gradient in the model's type.
+    """
+    rows = min(LOSS_CHUNK, job.pass_tokens)
+    has_earlier = job.pass_tokens > LOSS_CHUNK
+    item = job.item_bytes
+    if job.is_compiled:
+        per_logit = item * (2 + has_earlier)
+    else:
+        per_logit = 16 + item * (1 + has_earlier) - (4 if item == 4 else 0)
+    return per_logit * rows * shape.vocabulary
+
+
+def loss_forward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """Hidden states and their gradient, the head's gradient in fp32, one chunk of logits."""
+    tokens, width, item = job.pass_tokens, shape.hidden, job.item_bytes
+    head = 0 if held.frozen_head else 4 * _head_elements(shape)
+    rows = min(LOSS_CHUNK, tokens)
+    # The product that is added to the head's gradient is made while logits and gradient of its chunk are there.
+    product = 0 if held.frozen_head else item * (_head_elements(shape) + 2 * rows * shape.vocabulary)
+    chunk = max(chunk_bytes(shape, job), product)
+    return {"activations": 2 * item * tokens * width, "loss": head + chunk}
+
+
+def loss_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """The head's gradient in fp32, the same scaled, and that in the model's type (losses/tokens.py, scaled)."""
+    copies = 2 * job.item_bytes * job.pass_tokens * shape.hidden
+    head = 0 if held.frozen_head else (8 + (job.item_bytes if job.item_bytes != 4 else 0)) * _head_elements(shape)
+    return {"activations": copies, "loss": head}
+
+
+def _head_gradient(shape: ModelShape, job: Job, held: Holdings) -> float:
+    """A tied head's gradient waits for the embedding's; with several passes others are added to the sums at once."""
+    if held.frozen_head:
+        return 0.0
+    if job.num_passes > 1 and not shape.is_tied:
+        return 0.0
+    return job.item_bytes * _head_elements(shape)
+
+
+def working_bytes(shape: ModelShape, job: Job) -> float:
+    """Buffers of one layer's backward, beyond what it had kept, in values per token: mostly gradients of MLP width."""
+    how, item = job.execution, job.item_bytes
+    wide = WORKING_WIDTHS[how.is_compiled, how.trains_weights, how.checkpointing]
+    mlp = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
+    branches = wide if shape.is_gated else max(1, wide - 2)
+    return job.pass_tokens * item * (branches * mlp + 2 * shape.hidden)
+
+
+# Counted in the allocator's record of real steps: (compiled, all weights learn, checkpointing) -> widths of the MLP.
+WORKING_WIDTHS: dict[tuple[bool, bool, str], int] = {
+    (True, True, "none"): 2, (True, True, "selective"): 4, (True, True, "full"): 2,
+    (True, False, "none"): 5, (True, False, "selective"): 7, (True, False, "full"): 5,
+    (False, True, "none"): 3, (False, True, "selective"): 5, (False, True, "full"): 3,
+    (False, False, "none"): 3, (False, False, "selective"): 5, (False, False, "full"): 3,
+}  # fmt: skip
+
+
+def _layer_gradients(shape: ModelShape, job: Job) -> float:
+    if job.trains_adapters:
+        return 0.0
+    return job.item_bytes * shape.largest_layer_parameters
+
+
+def recomputed_bytes(shape: ModelShape, job: Job) -> float:
+    """With full checkpointing, one layer keeps everything again while its backward runs."""
+    if job.checkpointing == "none" or (job.checkpointing == "selective" and job.is_compiled):
+        return 0.0
+    how = job.execution
+    whole = Execution(**{**{name: getattr(how, name) for name in how.__slots__}, "checkpointing": "none"})
+    every = layer_bytes(shape, whole, row_tokens=job.row_tokens).total
+    present = layer_bytes(shape, how, row_tokens=job.row_tokens).total if job.checkpointing == "selective" else 0.0
+    return max(0.0, every - present) * job.pass_tokens
+
+
+def first_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """The last layer's backward, while all other layers still keep theirs; the final norm's are gone."""
+    return {
+        "gradients": _head_gradient(shape, job, held) + _layer_gradients(shape, job),
+        "activations": recomputed_bytes(shape, job) - _final_norm(shape, job),
+        "working buffers": working_bytes(shape, job),
+    }
+
+
+def last_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """The first layer's backward, when almost all gradients are there."""
+    kept = layer_bytes(shape, job.execution, row_tokens=job.row_tokens).total * job.pass_tokens
+    gradients = 0.0 if job.num_passes > 1 else held.gradients
+    if not held.frozen_embedding and job.num_passes == 1 and not shape.is_tied:
+        gradients -= job.item_bytes * shape.embedding_parameters
+    if job.num_passes > 1:
+        gradients = _layer_gradients(shape, job) + (_head_gradient(shape, job, held) if shape.is_tied else 0.0)
+    return {
+        "gradients": gradients,
+        "activations": kept + recomputed_bytes(shape, job) + _tables(shape, job),
+        "working buffers": working_bytes(shape, job),
+    }
+
+
+def embedding_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """A dense gradient of the embedding; where it is tied, beside that of the head and their sum."""
+    if held.frozen_embedding:
+        return {}
+    dense = job.item_bytes * shape.embedding_parameters
+    several = job.num_passes > 1
+    gradients = held.gradients if not several else dense
+    extra = dense if shape.is_tied else 0
+    return {"gradients": gradients + extra, "working buffers": job.pass_tokens * (shape.hidden * job.item_bytes + 24)}
+
+
+def update(job: Job, held: Holdings) -> Causes:
+    """The optimiser's step: all gradients, and for fp32 masters a part of them in fp32 (train/optimizer.py)."""
+    gradients = held.gradient_sums or held.gradients
+    if not held.states_from_first_update:
+        return {"gradients": gradients}
+    part = min(held.trained, ELEMENTS_PER_UPDATE + held.largest_trained // 2)
+    working = 4 * part + 4 * held.largest_trained * (job.optimizer == "adafactor" or job.item_bytes != 4)
+    return {"gradients": gradients, "working buffers": working}
