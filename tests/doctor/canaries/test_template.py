@@ -73,16 +73,16 @@ CANARIES: Canaries = {
     ),
     "instruct-template-on-base": (
         [
-            llama3_base("model.method=lora"),
-            llama3_base("model.method=qlora"),
-            llama3_base("model.method=lora", "lora.modules_to_save=[lm_head]"),
+            llama3_base("model.method=lora", norm=0.7),
+            llama3_base("model.method=qlora", norm=None, median=None),
             llama3_base("model.method=lora", norm=None, median=None),
+            llama3_base("model.method=lora", "lora.modules_to_save=[lm_head]", norm=None, median=None),
         ],
         [
             FINE,
             healthy("model.method=lora"),
             llama3_base(),
-            llama3_base("model.method=lora", norm=0.65),
+            broken(llama3_base("model.method=lora"), "model.row_norms", {128006: 0.61, 128007: 0.64, 128009: 0.7}),
             llama3_base("model.method=lora", "lora.modules_to_save=[embed_tokens, lm_head]"),
             broken(llama3_base("model.method=lora", norm=None, median=None), "tokenizer.chat_template", "{{ m }}"),
         ],

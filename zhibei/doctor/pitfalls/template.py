@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
+from zhibei.doctor.pitfalls.lora import trains_embeddings
 from zhibei.doctor.pitfalls.tokenizer import parents
 
 MOST_MERGED_SHARE = 0.10
 """Alpaca's own template on LLaMA-2 merges 3 rows in 100; on LLaMA-3 it is 42."""
-UNTRAINED_SHARE = 0.05
-"""Rows that pretraining never touched keep the norm they were drawn with, or decay towards zero."""
 
 
 def template_origin(facts: Facts) -> str:
@@ -172,27 +172,29 @@ def instruct_template_on_base(facts: Facts) -> Iterable[Finding]:
     if trains_embeddings(facts):
         return
     marks = control_ids(facts)
-    if model.median_row_norm:
-        least = UNTRAINED_SHARE * model.median_row_norm
-        norms = {mark: model.row_norms[number] for mark, number in marks.items() if number in model.row_norms}
-        dead = {mark: norm for mark, norm in norms.items() if norm < least}
-        if dead:
-            shown = ", ".join(f"{mark} {norm:.2g}" for mark, norm in sorted(dead.items()))
-            yield Finding(
-                what=f"template {template.name} uses tokens whose embedding rows were never trained (norms {shown}; "
-                f"the median row has {model.median_row_norm:.2g}), and adapters do not train them",
-                where=template_origin(facts),
-                to_do="set data.template: alpaca (or vicuna_v1.1), or lora.modules_to_save: [embed_tokens, lm_head]",
-                level="stop",
-            )
-    elif marks and not tokenizer.chat_template and not template.is_the_tokenizers_own:
+    to_do = "set data.template: alpaca (or vicuna_v1.1), or lora.modules_to_save: [embed_tokens, lm_head]"
+    if twins := _twins({mark: model.row_norms[number] for mark, number in marks.items() if number in model.row_norms}):
+        yield Finding(
+            what=f"template {template.name} uses {', '.join(twins)}, whose embedding rows are equally long to the last "
+            "digit: they were filled in and never trained, and adapters do not train them",
+            where=template_origin(facts),
+            to_do=to_do,
+        )
+    # Where the norms are known, lora-cannot-learn-new-eot-on-base judges them.
+    elif marks and not model.median_row_norm and not (tokenizer.chat_template or template.is_the_tokenizers_own):
         yield Finding(
             what=f"template {template.name} uses {', '.join(marks)}, and {model.path} looks like a base model (its "
             "tokenizer has no chat template): these tokens may never have been trained, and adapters do not train them",
             where=template_origin(facts),
-            to_do="set data.template: alpaca (or vicuna_v1.1), or lora.modules_to_save: [embed_tokens, lm_head]",
+            to_do=to_do,
             level="warning",
         )
+
+
+def _twins(norms: Mapping[str, float]) -> list[str]:
+    """Control tokens whose rows have the same norm as another one's: trained rows never agree to seven digits."""
+    rounded = Counter(f"{norm:.7g}" for norm in norms.values())
+    return sorted(mark for mark, norm in norms.items() if rounded[f"{norm:.7g}"] > 1)
 
 
 def control_ids(facts: Facts) -> dict[str, int]:
@@ -206,13 +208,6 @@ def control_ids(facts: Facts) -> dict[str, int]:
         for mark, ids in template.special_pieces.items()
         if len(ids) == 1 and mark in tokenizer.added_tokens and mark not in plain
     }
-
-
-def trains_embeddings(facts: Facts) -> bool:
-    """Whether the run's adapters leave the embedding free to learn."""
-    lora = facts.run.lora
-    named = [*lora.modules_to_save, *(lora.targets if isinstance(lora.targets, list) else [])]
-    return any(part in name for name in named for part in ("embed", "wte", "word_embeddings"))
 
 
 @pitfall(
