@@ -112,6 +112,7 @@ def test_the_worst_passes_are_the_worst_of_all_steps(tmp_path):
         assert max(batch.tokens_BT.numel() for batch in worst.first) == worst.tokens
         assert max(batch.longest for batch in worst.first) == worst.longest
         heldout = materials.heldout
+        assert heldout is not None
         assert worst_heldout(heldout).longest == int(heldout.rows.lengths.max())
 
 

@@ -1,4 +1,4 @@
-"""Watchdogs and rehearsals where only a CUDA device can show them: memory figures, a second process on the same card."""
+"""Watchdogs and rehearsals as only a CUDA device can show them: memory figures, a second process on the same card."""
 
 import json
 
