@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-SHORTEST_LITERAL = 4
+SHORTEST_LITERAL = 2
+WORDS_KEPT = 500_000
 QUOTES = dict.fromkeys(map(ord, '"`\u2018\u2019\u201c\u201d\u00b4'), "'")
 BROKEN_AT = re.compile(r"['\"`\u2018\u2019\u201c\u201d\u00b4]|\s{2,}|\n")
 """A literal never spans what normalising changes."""
@@ -38,6 +39,9 @@ class PatternIndex:
     def __init__(self, patterns: Mapping[str, Iterable[re.Pattern[str]]]) -> None:
         self.by_literal: dict[bytes, list[ErrorPattern]] = {}
         self.everywhere: list[ErrorPattern] = []
+        self._awaited: dict[bytes, list[bytes]] = {}
+        self._met: list[bytes] = []
+        self._known_words: set[bytes] = set()
         for owner, regexes in patterns.items():
             for regex in regexes:
                 self._add(owner, regex)
@@ -46,10 +50,27 @@ class PatternIndex:
         source = same_quotes(regex.pattern)
         pattern = ErrorPattern(owner, re.compile(source, regex.flags), SPANS_LINES.search(source) is not None)
         literals = required_literals(source)
-        for literal in literals:
-            self.by_literal.setdefault(literal.encode(), []).append(pattern)
+        for literal in map(str.encode, literals):
+            if literal not in self.by_literal:
+                self._awaited.setdefault(max(literal.split(), key=len), []).append(literal)
+            self.by_literal.setdefault(literal, []).append(pattern)
         if not literals:
             self.everywhere.append(pattern)
+
+    def due_in(self, text: bytes) -> list[tuple[bytes, list[ErrorPattern]]]:
+        """Literals that may stand in this lower-case text, by the words that this and earlier texts are made of.
+
+        Logs repeat their words; literals of whose longest word nothing was seen yet need no search.
+        """
+        words = set(text.split())
+        new = words - self._known_words
+        if len(self._known_words) > WORDS_KEPT:
+            self._known_words.clear()
+        self._known_words |= new
+        joined = b"\n".join(new)
+        for word in [word for word in self._awaited if word in joined]:
+            self._met += self._awaited.pop(word)
+        return [(literal, self.by_literal[literal]) for literal in self._met]
 
 
 def required_literals(source: str) -> tuple[str, ...]:

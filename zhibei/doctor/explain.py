@@ -22,7 +22,7 @@ from zhibei.doctor.verdict import Candidate, Evidence, Explanation, Force, OwnMe
 HITS_PER_PIECE = 1000
 """So many places of one literal are tried per piece of two megabytes."""
 EVIDENCE_KEPT = 20
-RECORDS_READ = 20_000
+RECORDS_READ = 5000
 """After so many metric records, those that differ from earlier ones only in digits are read one in sixteen."""
 
 EXCEPTION = re.compile(
@@ -38,7 +38,7 @@ TROUBLE = re.compile(
 EXIT_CODE = re.compile(
     r"exit ?code|return code|signal \d+|\bSIG[A-Z]{3,5}\b|core dumped|^Killed|: Killed", re.IGNORECASE
 )
-FRAME = re.compile(r'^(?:│ )?File "[^"]*", line \d+')
+FRAME = re.compile(r"^(?:│ )?File ['\"].*['\"], line \d+")
 INFORMATION = re.compile(r"\b(?:INFO|DEBUG)\b")
 
 MARKS = (
@@ -117,7 +117,7 @@ def _search(piece: Piece, index: PatternIndex, found: _Found) -> None:
     starts = _line_starts(piece, read)
     texts: dict[int, str] = {}
     tried: set[tuple[int, int]] = set()
-    for literal, patterns in index.by_literal.items():
+    for literal, patterns in index.due_in(blob):
         for line in _places(blob, literal, starts, read):
             for pattern in patterns:
                 if len(found.evidence.get(pattern.owner, ())) < EVIDENCE_KEPT and (line, id(pattern)) not in tried:
@@ -153,9 +153,14 @@ def _places(blob: bytes, literal: bytes, starts: list[int], read: list[int]) -> 
 
 
 def _text(piece: Piece, line: int, texts: dict[int, str]) -> str:
+    """A line as patterns see it."""
     if line not in texts:
-        texts[line] = without_owner(shown(piece.lines[line]))
+        texts[line] = same_quotes(_original(piece, line))
     return texts[line]
+
+
+def _original(piece: Piece, line: int) -> str:
+    return without_owner(shown(piece.lines[line]))
 
 
 def _try_pattern(
@@ -163,31 +168,30 @@ def _try_pattern(
 ) -> None:
     text = _text(piece, line, texts)
     first = last = line
-    match = pattern.regex.search(same_quotes(text))
+    match = pattern.regex.search(text)
     if match is None and pattern.spans_lines:
         members = _window(piece, line)
-        joined = "\n".join(same_quotes(_text(piece, one, texts)) for one in members)
+        joined = "\n".join(_text(piece, one, texts) for one in members)
         match = pattern.regex.search(joined)
         if match is not None:
             first = members[joined.count("\n", 0, match.start())]
             last = members[joined.count("\n", 0, max(match.start(), match.end() - 1))]
     elif match is None and text[:1] in "│|":
         members = [one for one in range(line, min(line + 4, len(piece.lines)))]
-        joined = " ".join(same_quotes(_text(piece, one, texts)).strip("│| ") for one in members)
+        joined = " ".join(_text(piece, one, texts).strip("│| ") for one in members)
         match = pattern.regex.search(joined)
     if match is None:
         return
     shown_at = last if EXCEPTION.search(_text(piece, last, texts)) else first
-    shown_text = _text(piece, shown_at, texts)
-    evidence = Evidence(
-        piece.numbers[shown_at],
-        shown_text[:600],
-        force_of(shown_text),
-        weight=len(literal) + (20 if first != last else 0),
-    )
+    original = _original(piece, shown_at)
+    weight = len(literal) + (20 if first != last else 0)
+    evidence = Evidence(piece.numbers[shown_at], original[:600], force_of(original), weight)
     kept = found.evidence.setdefault(pattern.owner, [])
-    if evidence not in kept and len(kept) < EVIDENCE_KEPT:
+    same = next((number for number, one in enumerate(kept) if one.line == evidence.line), None)
+    if same is None:
         kept.append(evidence)
+    elif evidence.weight > kept[same].weight:
+        kept[same] = evidence
 
 
 def _window(piece: Piece, line: int) -> list[int]:

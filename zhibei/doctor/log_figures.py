@@ -253,7 +253,7 @@ MEANINGS: dict[str, tuple[tuple[str, ...], str, bool]] = {
     ),
     "at_ln_vocabulary": (
         ("fsdp-init-random-instead-of-pretrained", "fsdp-ram-efficient-uninit-weights"),
-        "the loss starts at ln(vocabulary): the weights are random, which is right only in training from scratch", False,
+        "the loss starts at ln(vocabulary): the weights are random, right only in training from scratch", False,
     ),
     "worse_after_resume": (
         ("lora-resume-weights-not-loaded", "resume-model-structure-changed"),

@@ -167,11 +167,10 @@ def _mark_repeats(lines: list[bytes], is_repeat: list[bool], shapes: dict[int, i
     for shape in b"\n".join(new).translate(None, DIGITS).split(b"\n") if new else ():
         key = hash(shape)
         count = shapes.get(key, 0)
-        if count < REPEATS_READ:
-            shapes[key] = count + 1
-            is_repeat.append(False)
-        else:
-            is_repeat.append(COLLECTED.search(shape) is None)
+        is_repeat.append(count == REPEATS_READ)
+        if 0 <= count < REPEATS_READ:
+            is_due = count + 1 == REPEATS_READ
+            shapes[key] = -1 if is_due and COLLECTED.search(shape) else count + 1
 
 
 def shown(line: bytes) -> str:

@@ -22,6 +22,11 @@ CONSEQUENCES = frozenset({"nccl-timeout-rank0-tokenising", "child-process-failed
 """What a job shows after another of its processes has died; a cause only where nothing else is."""
 HARMLESS = frozenset({"ignorable-missing-inv-freq", "notice-without-harm"})
 """Messages that people stop sound runs for."""
+HINTS = frozenset({
+    "tokenizers-fork-deadlock", "rollout-sampling-params-from-generation-config", "server-context-divided-by-slots",
+    "legacy-flag-changes-between-versions", "torch-compile-recompiles", "tracker-login-prompt",
+})  # fmt: skip
+"""Pitfalls whose messages sound runs print too: named as possible, never as what went wrong."""
 RELATED = {
     "cuda-out-of-memory": ("memory", "resume"),
     "host-memory-exhausted": ("memory", "environment"),
@@ -111,7 +116,7 @@ def judge(
             continue
         tier, best = min(((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: pair[0])
         tier = _tier_by_company(name, tier, best, evidence, catalogue)
-        if best.line in notices and tier >= 2:
+        if tier >= 2 and (name in HINTS or best.line in notices):
             tier = 6.0
         says = (best, *(one for one in lines if one is not best))
         ranked.append(((tier, best.line, -best.weight), Candidate(catalogue[name], _confidence(tier), says[:3])))
