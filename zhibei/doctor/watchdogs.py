@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from zhibei.config.run import RunFile, WatchSection
+from zhibei.config.run import Answer, RunFile, WatchSection
 from zhibei.doctor.history import NOW, WINDOW, History, Samples, StepLoss
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
@@ -257,6 +257,23 @@ WATCHDOGS: dict[str, Callable[[History], Sighting | None]] = {
 """By the names of the run file's section `watch`."""
 
 
+def answers(section: WatchSection) -> dict[str, Answer]:
+    """What the run file wants done, by the name of the watchdog."""
+    return {
+        "exploding_loss": section.exploding_loss,
+        "pinned_loss": section.pinned_loss,
+        "dead_gradient": section.dead_gradient,
+        "unchanged_weights": section.unchanged_weights,
+        "skipped_steps": section.skipped_steps,
+        "heldout_diverging": section.heldout_diverging,
+        "loss_spike": section.loss_spike,
+        "stalled_data": section.stalled_data,
+        "memory_growth": section.memory_growth,
+        "slow_rank": section.slow_rank,
+        "disk_filling": section.disk_filling,
+    }
+
+
 def watch_over(run: RunFile, *, also: Watch = ignore, resumed: RunDir | None = None) -> Watchdogs:
     """The watchdogs of a run, to be given to its loop; with what is known of it already when it is `resumed`."""
     past = read_metrics(resumed.metrics) if resumed is not None else []
@@ -271,7 +288,7 @@ class Watchdogs:
     """
 
     def __init__(self, section: WatchSection, *, also: Watch = ignore, past: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.actions = {name: getattr(section, name) for name in WATCHDOGS}
+        self.actions = answers(section)
         self.also, self.past = also, list(past)
         self.history = History()
         self._fired: dict[str, int] = {}
