@@ -21,6 +21,8 @@ from zhibei.config.errors import UserError
 
 TOKENIZERS_VERSION: str = tokenizers.__version__
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<PAD>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+PLAIN_FAMILIES = ("llama", "qwen3", "gemma", "gemma2", "phi", "gpt2", "gpt_neox", "olmo", "olmo2")
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 
 
@@ -151,22 +153,39 @@ def _flat(rows: Iterable[Iterable[int]], *, count: int) -> np.ndarray:
     return np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=count)
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """A tokenizer from a Hugging Face folder, a run directory or a hub id.
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, cache: Path | None = None
+) -> Tokenizer:
+    """A tokenizer from a Hugging Face folder, a run directory or a hub id. `cache`: where it is kept for the next time.
 
     UserError: files missing or broken, no EOS token, a special token outside of the vocabulary.
     """
-    hugging_face = load_hugging_face_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
-    return check_tokenizer(hugging_face, source=path)
+
+    def load() -> Tokenizer:
+        hugging_face = load_hugging_face_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+        return check_tokenizer(hugging_face, source=path)
+
+    folder = Path(find_folder(path))
+    if cache is None or trust_remote_code or not folder.is_dir():
+        return load()
+    from zhibei.text.kept_tokenizer import kept_or_loaded
+
+    return kept_or_loaded(folder, cache, source=path, load=load)
 
 
 def load_hugging_face_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """transformers' own object for the same path, e.g. to save it beside a trained model."""
-    place = _find_folder(path)
-    from transformers import AutoTokenizer
-
+    place = find_folder(path)
     try:
-        loaded = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        if is_plain(Path(place)):
+            # The class that AutoTokenizer would choose, without the two seconds that choosing takes.
+            from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+            loaded: Any = PreTrainedTokenizerFast.from_pretrained(place)
+        else:
+            from transformers import AutoTokenizer
+
+            loaded = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises anything from OSError to KeyError for a broken folder
         if not Path(place).exists():
             raise UserError(
@@ -191,6 +210,30 @@ def load_hugging_face_tokenizer(path: str, *, revision: str | None = None, trust
     return loaded
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether tokenizer.json alone says what the tokenizer does, so that no family's class is wanted.
+
+    Families whose class transformers puts in the place of a plain one are left to it (tests/text/test_kept_tokenizer.py
+    compares the two ways).
+    """
+    settings, config = (_json_object(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    return (
+        (folder / "tokenizer.json").is_file()
+        and not (folder / "tekken.json").exists()
+        and "auto_map" not in settings
+        and settings.get("tokenizer_class") in PLAIN_CLASSES
+        and config.get("model_type") in (None, *PLAIN_FAMILIES)
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -204,7 +247,8 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path(".") and parent.is_dir())
 
 
-def _find_folder(path: str) -> str:
+def find_folder(path: str) -> str:
+    """The folder in which the tokenizer's files lie, or the path itself where it is no folder here (a hub id)."""
     folder = Path(path).expanduser()
     if not folder.exists():
         if looks_local(path):

@@ -8,6 +8,7 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import RunFile
+from zhibei.data.prepared_cache import cache_root
 from zhibei.model.locate import locate
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +49,7 @@ def require_writable(run_dir: RunDir) -> None:
 def load_run_tokenizer(run: RunFile) -> Tokenizer:
     """The tokenizer the run file names, else the one beside the model (for an adapter: its own, else its base's)."""
     path, options = tokenizer_place(run)
-    return load_tokenizer(path, **options)
+    return load_tokenizer(path, cache=cache_root(run.data.cache), **options)
 
 
 def tokenizer_place(run: RunFile) -> tuple[str, dict[str, Any]]:
