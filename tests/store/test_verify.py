@@ -112,7 +112,7 @@ MODEL_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: rewrite(
             folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if ".layers.2." in name]
         ),
-        "num_hidden_layers is 3, layers missing: [2]",
+        "num_hidden_layers is 3, and of the weights layers [2] are missing",
     ),
     "lost head": (lambda folder: rewrite(folder, lambda tensors: tensors.pop("lm_head.weight")), "no tensor lm_head"),
     "emptied tensor": (

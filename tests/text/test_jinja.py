@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from tests.text.conversations import conversations
 from zhibei.config.errors import UserError
 from zhibei.text.families import TEMPLATES
-from zhibei.text.jinja import JinjaTemplate
+from zhibei.text.jinja import JinjaTemplate, require_syntax
 from zhibei.text.messages import Message
 from zhibei.text.native import bind
 from zhibei.text.supervision import learned_intervals
@@ -207,3 +207,9 @@ def test_a_family_saved_as_chat_template_keeps_its_learned_characters(name: str,
         ranges = [learned_intervals(one.spans, length=len(one.text), mode=mode) for one in (left, right)]
         assert ranges[0] == ranges[1]
     assert saved.terminator == native.terminator
+
+
+def test_a_template_that_does_not_parse_is_refused_with_its_line() -> None:
+    require_syntax("{% for m in messages %}\n{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", where="x")
+    with pytest.raises(UserError, match=r"x: it does not parse: line 2"):
+        require_syntax("{% for m in messages %}\n{{ m.content }", where="x")

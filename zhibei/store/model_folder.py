@@ -125,7 +125,9 @@ def shape_problems(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]
     if sorted(parts) != list(range(num_layers)):
         lost = sorted(set(range(num_layers)) - set(parts))
         extra = sorted(set(parts) - set(range(num_layers)))
-        problems.append(f"num_hidden_layers is {num_layers}, layers missing: {lost}, too many: {extra}")
+        parts_of_it = [f"layers {lost} are missing"] if lost else []
+        parts_of_it += [f"layers {extra} are too many"] if extra else []
+        problems.append(f"num_hidden_layers is {num_layers}, and of the weights {' and '.join(parts_of_it)}")
     everything = set().union(*parts.values())
     for number, layer in sorted(parts.items()):
         problems += [

@@ -10,7 +10,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from zhibei.config.errors import UserError
-from zhibei.text.jinja import JinjaTemplate
+from zhibei.text.jinja import JinjaTemplate, require_syntax
 from zhibei.text.native import Family, NativeTemplate, bind
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
@@ -217,6 +217,7 @@ def _own_template(tokenizer: Tokenizer) -> JinjaTemplate:
             fix="name a template, e.g. data.template: alpaca (see `zhibei data templates`)",
             where="data.template",
         )
+    require_syntax(tokenizer.chat_template, where=f"the chat template of {tokenizer.source}")
     return JinjaTemplate(
         source=tokenizer.chat_template,
         special_tokens=dict(tokenizer.named_specials),

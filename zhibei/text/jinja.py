@@ -14,6 +14,7 @@ from zhibei.text.messages import Message
 from zhibei.text.template import Rendered, Span
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION_MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # Private-use characters do not occur in ordinary text, and no chat template trims or rewrites them.
 SENTINEL = re.compile("\ue000(\\d+)([\ue001\ue002])")
 THOUGHT_END = re.compile(r"</think>\s*")
@@ -25,6 +26,23 @@ def _open(turn: int) -> str:
 
 def _close(turn: int) -> str:
     return f"\ue000{turn}\ue002"
+
+
+def require_syntax(source: str, *, where: str) -> None:
+    """Refuses a template that does not parse, before a row is blamed for it. Raises UserError with the line."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        # transformers knows one tag more than Jinja.
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_MARKS.sub("", source))
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"it does not parse: line {error.lineno}: {error.message}",
+            expected="a Jinja template",
+            fix="repair it (chat_template.jinja, or chat_template in tokenizer_config.json), copy the file again, "
+            "or name a template of zhibei with data.template",
+            where=where,
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,7 @@ ROPE_SINCE = {"llama3": (4, 43), "longrope": (4, 39), "yarn": (4, 41)}
 @pitfall(
     "config",
     cost="run",
-    errors=[
-        r"sequence length is longer than the specified maximum sequence length for this model",
-        r"(input|prompt) length .* exceeds? (the )?max(imum)? (model|context) length",
-    ],
+    errors=[],
     sources=[
         "https://github.com/huggingface/open-r1/issues/645",
         "https://github.com/vllm-project/vllm/issues/2565",
@@ -156,7 +153,7 @@ def _version(text: str) -> tuple[int, ...]:
 @pitfall(
     "config",
     cost="launch",
-    errors=[r"More than one GPU was found, enabling multi-GPU training", r"Could not find the ACCELERATE config"],
+    errors=[],
     sources=[
         "https://github.com/huggingface/accelerate/issues/160",
         "https://github.com/huggingface/accelerate/issues/717",
@@ -222,7 +219,7 @@ def output_directory_in_use(facts: Facts) -> Iterable[Finding]:
     )
 
 
-@pitfall("config", cost="launch", errors=[r"\[Errno 13\] Permission denied", r"Read-only file system"])
+@pitfall("config", cost="launch", errors=[])
 def output_directory_not_writable(facts: Facts) -> Iterable[Finding]:
     """The run directory cannot be made where it should be.
 
@@ -238,8 +235,9 @@ def output_directory_not_writable(facts: Facts) -> Iterable[Finding]:
     """
     output = facts.output
     if output is not None and not output.is_writable:
+        is_file = output.place.is_file()
         yield Finding(
-            what=f"{output.path} cannot be made: {output.place} is not writable",
+            what=f"{output.path} cannot be made: {output.place} is {'a file' if is_file else 'not writable'}",
             where=facts.origin("runs"),
-            to_do="set runs: to a folder of yours, or make that one writable",
+            to_do=f"set runs: to {'another folder' if is_file else 'a folder of yours, or make that one writable'}",
         )

@@ -110,12 +110,7 @@ def weights_incomplete(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "model",
     cost="launch",
-    errors=[
-        r"size mismatch for [\w.]+: copying a param with shape",
-        r"ignore_mismatched_sizes",
-        r"Some weights of \w+ were not initialized from the model checkpoint",
-        r"newly initialized: \[",
-    ],
+    errors=[],
 )
 def weights_do_not_fit_config(facts: Facts) -> Iterable[Finding]:
     """The tensors in the files are not those that config.json promises.
@@ -135,8 +130,10 @@ def weights_do_not_fit_config(facts: Facts) -> Iterable[Finding]:
     model = facts.model
     if model is None or not model.shape_faults:
         return
+    more = len(model.shape_faults) - 1
+    others = f" (and {more} more {'difference' if more == 1 else 'differences'})" if more else ""
     yield Finding(
-        what=f"{len(model.shape_faults)} differences between config.json and the weights: {model.shape_faults[0]}",
+        what=f"config.json and the weights do not belong together: {model.shape_faults[0]}{others}",
         where=str(model.folder or model.path),
         to_do="take config.json and all weight files from the same source again",
         evidence=model.shape_faults,

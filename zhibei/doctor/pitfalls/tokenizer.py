@@ -308,8 +308,9 @@ def token_id_beyond_embedding(facts: Facts) -> Iterable[Finding]:
     for file in ("config.json", "generation_config.json"):
         for name, value in tokenizer.declared_ids.get(file, {}).items():
             if any(one >= rows for one in as_ids(value)):
+                sound = tokenizer.ids.get(name) or tokenizer.ids.get("eos")
                 yield Finding(
                     what=f"{name}_token_id is {value}, and the model has {rows:,} embedding rows",
                     where=f"{model.folder or model.path}/{file}",
-                    to_do=f"set it to an id below {rows:,}, e.g. {tokenizer.ids.get(name) or tokenizer.ids.get('eos')}",
+                    to_do=f"set {name}_token_id to an id below {rows:,}, e.g. {sound}",
                 )

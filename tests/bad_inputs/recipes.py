@@ -1,0 +1,66 @@
+"""The shipped recipes on sound rows: as they are on the machine they are for, and shortened on a tiny model here."""
+
+from __future__ import annotations
+
+from tests.bad_inputs.output_variants import write_large_model
+from tests.bad_inputs.place import SENTENCES, Place, alpaca_rows, chat_rows
+from tests.bad_inputs.scenario import Build, Control
+from zhibei.config.read import recipe_names
+
+NUM_ROWS = 5000
+MACHINES = {
+    "alpaca-7b": "a100-80g:8",
+    "alpaca-13b": "h100-80g:8",
+    "alpaca-7b-v100": "v100-32g:8",
+    "alpaca-lora-7b": "a100-40g",
+    "alpaca-lora-7b-official": "a100-40g",
+    "vicuna-7b": "a100-80g:8",
+    "vicuna-13b": "h100-80g:8",
+    "vicuna-7b-qlora": "rtx4090",
+}
+SHORTER = ["sft.max_steps=2", "sft.global_batch=8", "data.validation=0.1", "data.max_tokens=256", "device=cpu"]
+
+
+def recipe_controls() -> list[Control]:
+    """A check of every recipe on its machine, and two steps of every one that can run on a processor."""
+    whole = [Control(f"recipe_{name}", as_it_is(name)) for name in recipe_names()]
+    short = [Control(f"recipe_{name}_tiny", shortened(name)) for name in recipe_names() if "qlora" not in name]
+    return [*whole, *short]
+
+
+def as_it_is(name: str) -> Build:
+    """`zhibei check RECIPE` with a model of the right size and enough rows, on the machine the recipe is for."""
+
+    def build(place: Place) -> None:
+        write_large_model(place, "13b" if "13b" in name else "7b")
+        place.rows = chat_rows(NUM_ROWS) if "vicuna" in name else many_sums()
+        place.verb, place.subject = "check", name
+        place.arguments = ["model.path=model", "data.sources=[rows.json]", "--machine", MACHINES[name]]
+        if "alpaca-lora" in name:
+            place.arguments.append("data.validation=200")
+
+    return build
+
+
+def shortened(name: str) -> Build:
+    """`zhibei train RECIPE` for two steps on a tiny model."""
+
+    def build(place: Place) -> None:
+        place.rows = chat_rows() if "vicuna" in name else alpaca_rows()
+        place.subject = name
+        place.arguments = ["model.path=model", "data.sources=[rows.json]", "model.precision=fp32", *SHORTER]
+        if "lora" in name:
+            place.arguments.append("sft.warmup_steps=1")
+
+    return build
+
+
+def many_sums() -> list[dict[str, str]]:
+    return [
+        {
+            "instruction": f"Add {number} and {number * 7 % 1301}.",
+            "input": "",
+            "output": SENTENCES[number % 4].format(number + number * 7 % 1301),
+        }
+        for number in range(NUM_ROWS)
+    ]
