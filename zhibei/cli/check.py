@@ -29,6 +29,7 @@ LOSSES = {
     "launch": "costs a launch",
     "minutes": "costs minutes",
 }
+MOST_EVIDENCE = 6
 
 
 def check(
@@ -199,8 +200,10 @@ def _finding_text(one: Found) -> Text:
     if finding.changes:
         changes = ", ".join(f"{key}: {yaml_value(value)}" for key, value in finding.changes.items())
         _part(text, "change", f"{changes}  ({'safe: --fix writes it' if finding.is_safe else 'your decision'})")
-    for line in finding.evidence:
+    for line in finding.evidence[:MOST_EVIDENCE]:
         _part(text, "seen", line)
+    if len(finding.evidence) > MOST_EVIDENCE:
+        _part(text, "seen", f"{len(finding.evidence) - MOST_EVIDENCE} more (--json lists them)")
     if one.id:
         _part(text, "more", f"zhibei pitfalls {one.id}", style="dim")
     return text
