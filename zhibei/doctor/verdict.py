@@ -25,6 +25,7 @@ HARMLESS = frozenset({"ignorable-missing-inv-freq", "notice-without-harm"})
 HINTS = frozenset({
     "tokenizers-fork-deadlock", "rollout-sampling-params-from-generation-config", "server-context-divided-by-slots",
     "legacy-flag-changes-between-versions", "torch-compile-recompiles", "tracker-login-prompt",
+    "accelerate-default-config-surprise",
 })  # fmt: skip
 """Pitfalls whose messages sound runs print too: named as possible, never as what went wrong."""
 RELATED = {

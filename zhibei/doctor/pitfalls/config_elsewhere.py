@@ -156,7 +156,7 @@ def group_by_length_sawtooth() -> None:
     ],
     errors=[
         r"(not initialized|not used when initializing|newly initialized).{0,200}rotary_emb\.inv_freq",
-        r"(unexpected|missing).{0,60}(inv_freq|masked_bias)",
+        r"(?:unexpected|missing).{0,80}(?:inv_freq|masked_bias)",
     ],
     sources=["https://github.com/PaddlePaddle/PaddleNLP/issues/5720"],
 )
@@ -186,7 +186,7 @@ def ignorable_missing_inv_freq() -> None:
     ],
     errors=[
         r"unrecognized arguments?: --",
-        r"the following arguments are not (used|recognized) by",
+        r"the following arguments are not (?:used|recognized) by",
         r"Some (keys|specified arguments) are not used by the HfArgumentParser",
     ],
     sources=[
@@ -222,7 +222,6 @@ def misspelt_option_in_official_command() -> None:
         "tests/train/test_step.py::test_a_step_that_is_not_finite_changes_nothing_and_names_its_rows",
         "tests/store/test_metrics.py::test_nan_and_infinity_are_null_in_the_file_and_floats_when_read",
     ],
-    errors=[r"'loss': '?0(\.0)?'?, 'grad_norm': '?nan", r"logging_nan_inf_filter"],
     sources=["https://github.com/huggingface/trl/issues/6668", "https://github.com/lm-sys/FastChat/issues/2992"],
 )
 def nan_loss_logged_as_zero() -> None:
@@ -278,7 +277,10 @@ def optimizer_name_semantics_differ() -> None:
     kind="explained",
     cost="minutes",
     because="zhibei samples with the model it trains, so there is no second engine whose probabilities need correcting",
-    errors=[r"tis_imp_ratio_cap", r"rollout.{0,40}log_?probs.{0,40}(required|must|missing)"],
+    errors=[
+        r"tis_imp_ratio_cap.{0,120}(?:required|missing|no effect|AssertionError|log_?probs)",
+        r"rollout.{0,40}log_?probs.{0,40}(required|must|missing)",
+    ],
     sources=["https://github.com/verl-project/verl/pull/2953"],
 )
 def rl_tis_without_rollout_logprobs() -> None:

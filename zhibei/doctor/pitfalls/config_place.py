@@ -28,7 +28,6 @@ ROPE_SINCE = {"llama3": (4, 43), "longrope": (4, 39), "yarn": (4, 41)}
 @pitfall(
     "config",
     cost="run",
-    errors=[],
     sources=[
         "https://github.com/huggingface/open-r1/issues/645",
         "https://github.com/vllm-project/vllm/issues/2565",
@@ -153,7 +152,7 @@ def _version(text: str) -> tuple[int, ...]:
 @pitfall(
     "config",
     cost="launch",
-    errors=[],
+    errors=[r"More than one GPU was found, enabling multi-GPU training"],
     sources=[
         "https://github.com/huggingface/accelerate/issues/160",
         "https://github.com/huggingface/accelerate/issues/717",
@@ -219,7 +218,7 @@ def output_directory_in_use(facts: Facts) -> Iterable[Finding]:
     )
 
 
-@pitfall("config", cost="launch", errors=[])
+@pitfall("config", cost="launch")
 def output_directory_not_writable(facts: Facts) -> Iterable[Finding]:
     """The run directory cannot be made where it should be.
 

@@ -23,7 +23,6 @@ LEAST_SHARED_GIB, SHARED_GIB_PER_RANK = 1.0, 0.25
     proof=[NO_EXTENSIONS],
     errors=[
         r"unsupported GNU version! gcc versions later than",
-        r"Error building extension '\w+'",
         r"error: #error .{0,40}unsupported.{0,30}(?:GNU|clang|host compiler)",
     ],
     sources=[
@@ -57,9 +56,7 @@ def nvcc_unsupported_host_gcc() -> None:
     errors=[
         r"return code = -11\b",
         r"exit ?code:? ?-11\b",
-        r"Segmentation fault",
-        r"\bSIGSEGV\b|Signal 11\b",
-        r"Illegal instruction|\bSIGILL\b",
+        r"(?:exitcode|traceback|init).{0,60}Signal 11\b|Signal 11\b.{0,20}SIGSEGV",
     ],
     sources=[
         "https://github.com/OptimalScale/LMFlow/issues/240",

@@ -145,7 +145,7 @@ def max_length_drop_not_counted(facts: Facts) -> Iterable[Finding]:
     "labels",
     cost="run",
     errors=[
-        r"'?loss'?\s*[:=]\s*'?0(?:\.0+)?'?\D.{0,80}grad_norm'?\s*[:=]\s*'?nan",
+        r"\bloss'?\s*[:=]\s*'?0(?:\.0+)?'?[,} ].{0,40}grad_norm'?\s*[:= ]\s*'?nan",
         r"all (?:the )?(?:labels|tokens) (?:in your dataset )?are (?:masked|-100)",
     ],
     sources=[

@@ -129,6 +129,7 @@ def job_ended_from_outside() -> None:
         r"unable to allocate [\d.]+ [KMGT]iB for an array",
         r"node running low on memory",
         r"\bOOMKilled\b",
+        r"return code = -9\b|exitcode\s*:?\s*-9\b|terminated with signal (?:9|SIGKILL)|signal 9 \(SIGKILL\)",
         r"exceeded (?:job |step )?memory limit",
     ],
 )

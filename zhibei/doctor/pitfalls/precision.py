@@ -25,7 +25,7 @@ UNKNOWN = "unknown"  # the name of a machine that could not be read
     cost="launch",
     errors=[
         r"setup doesn'?t support bf16",
-        r"bf16.{0,80}(?:ampere|not supported|isn'?t supported|no bf16)",
+        r"bf16.{0,60}(?:requires? (?:an? )?ampere|(?:is )?not supported|isn'?t supported|no bf16)",
         r"bfloat16 is (?:only supported|not supported)",
         r"Bfloat16 is only supported on GPUs with compute capability",
     ],
@@ -71,7 +71,7 @@ def bf16_on_pre_ampere(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "precision",
     cost="launch",
-    errors=[r"not implemented for 'Half'", r"fp16 .{0,60}(?:requires|needs|only) .{0,30}(?:cuda|gpu)"],
+    errors=[r"not implemented for 'Half'", r"fp16 .{0,60}(?:requires|needs|only) .{0,30}(?:cuda|gpu)\b"],
     sources=["https://github.com/lm-sys/FastChat/issues/399"],
 )
 def fp16_on_cpu(facts: Facts) -> Iterable[Finding]:
@@ -175,7 +175,10 @@ def trained_in_bf16(facts: Facts) -> str:
 @pitfall(
     "precision",
     cost="launch",
-    errors=[r"FlashAttention only supports? fp16 and bf16", r"flash.?attention.{0,80}(?:float32|fp32|dtype)"],
+    errors=[
+        r"FlashAttention only supports? fp16 and bf16",
+        r"flash.?attention.{0,40}only support.{0,40}(?:fp16|bf16|float16|half)",
+    ],
     sources=[
         "https://github.com/unslothai/unsloth/issues/827",
         "https://github.com/unslothai/unsloth/issues/933",
@@ -243,7 +246,7 @@ def ds_fp16_all_steps_skipped() -> None:
     cost="hours",
     kind="watchdog",
     by="skipped_steps",
-    errors=[r"loss scale already at minimum", r"OVERFLOW! ?.{0,20}Skipping step"],
+    errors=[r"loss scale already at minimum"],
     sources=[
         "https://github.com/ymcui/Chinese-LLaMA-Alpaca/issues/534",
         "https://github.com/CarperAI/trlx/issues/342",

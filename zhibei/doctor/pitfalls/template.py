@@ -23,7 +23,7 @@ def template_origin(facts: Facts) -> str:
     "template",
     cost="run",
     errors=[
-        r"(?:double|two|duplicate[d]?) (?:bos|BOS|begin_of_text)",
+        r"(?:double|two|duplicated?) (?:bos\b|begin_of_text|<\|begin_of_text)",
         r"prompt starts with 2 BOS tokens",
         r"\[?128000, 128000\b",
     ],

@@ -16,7 +16,7 @@ STOPPING_SHARE = 0.5
     cost="minutes",
     errors=[
         r"Conversation roles must alternate",
-        r"jinja2\.exceptions\.TemplateError",
+        r"jinja2\.exceptions\.TemplateError: .{0,60}roles",
         r"roles? must alternate",
         r"System role not supported",
         r"Only user and assistant roles are supported",
