@@ -95,3 +95,22 @@ def test_nothing_learned_gives_exactly_zero():
     loss.backward()
     assert loss.item() == 0
     assert head_VD.grad.abs().max() == 0
+
+
+def test_held_out_losses_are_the_same_number_without_any_gradient_being_made(monkeypatch):
+    from zhibei.losses import tokens
+
+    asked = []
+    original = tokens._chunk_loss_and_gradient
+
+    def watched(raw_NV, targets_N, loss, with_gradient):
+        asked.append(with_gradient)
+        return original(raw_NV, targets_N, loss, with_gradient)
+
+    monkeypatch.setattr(tokens, "_chunk_loss_and_gradient", watched)
+    hidden_ND, head_VD, bias_V, targets_N = inputs()
+    trained = cross_entropy_sum(hidden_ND, head_VD, targets_N, bias_V=bias_V, loss=SHAPES["everything"])
+    with torch.no_grad():
+        heldout = cross_entropy_sum(hidden_ND, head_VD, targets_N, bias_V=bias_V, loss=SHAPES["everything"])
+    assert torch.equal(trained, heldout)
+    assert asked == [True, False]

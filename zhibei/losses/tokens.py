@@ -44,13 +44,14 @@ def cross_entropy_sum(
     The gradients are worked out chunk by chunk in the forward pass (they are linear in the incoming scalar), so
     memory is one chunk of logits instead of N x V, and no logits are computed twice.
     """
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, loss)
+    # A Function is told which inputs require gradients even where none are recorded; held-out losses need none.
+    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, loss, torch.is_grad_enabled())
 
 
 def _chunk_loss_and_gradient(
-    raw_NV: torch.Tensor, targets_N: torch.Tensor, loss: TokenLoss
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss sum of one chunk and d loss / d raw logits.
+    raw_NV: torch.Tensor, targets_N: torch.Tensor, loss: TokenLoss, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Loss sum of one chunk and, if asked for, d loss / d raw logits.
 
     With z the shaped logits, L = log Z and p = softmax(z):
     loss = (1 - e)(L - z_y) + e (L - mean z) + w L^2, so d/dz = p (1 + 2 w L) - (1 - e) onehot(y) - e / V.
@@ -70,6 +71,9 @@ def _chunk_loss_and_gradient(
     if loss.z_loss:
         token_loss_N = token_loss_N + loss.z_loss * log_z_N**2
     weight_N = learned_N.float()
+    loss_sum = (token_loss_N * weight_N).sum()
+    if not with_gradient:
+        return loss_sum, None
 
     gradient_NV = torch.exp(logits_NV - log_z_N[:, None])
     if loss.z_loss:
@@ -83,7 +87,7 @@ def _chunk_loss_and_gradient(
     if loss.logit_scale != 1.0:
         gradient_NV = gradient_NV * loss.logit_scale
     gradient_NV = (gradient_NV * weight_N[:, None]).to(raw_NV.dtype)
-    return (token_loss_N * weight_N).sum(), gradient_NV
+    return loss_sum, gradient_NV
 
 
 @functools.cache
@@ -103,8 +107,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
         loss: TokenLoss,
+        with_gradient: bool,
     ) -> torch.Tensor:
-        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_head, wants_bias = (needed and with_gradient for needed in ctx.needs_input_grad[:3])
         chunk_step = _compiled_chunk() if loss.compiled else _chunk_loss_and_gradient
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
@@ -114,8 +119,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], loss.chunk_tokens):
             part = slice(start, start + loss.chunk_tokens)
             raw_CV = torch.nn.functional.linear(hidden_ND[part], head_VD, bias_V)
-            chunk_sum, gradient_CV = chunk_step(raw_CV, targets_N[part], loss)
+            chunk_sum, gradient_CV = chunk_step(raw_CV, targets_N[part], loss, with_gradient)
             total += chunk_sum
+            if gradient_CV is None:
+                continue
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = gradient_CV @ head_VD
             if grad_head_VD is not None:
@@ -132,6 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND, grad_head_VD, grad_bias_V = ctx.saved_tensors
 
         def scaled(gradient: torch.Tensor | None) -> torch.Tensor | None:
-            return None if gradient is None else (gradient * scale).to(ctx.head_dtype)
+            # In place: a scaled copy of the head's fp32 gradient would be the peak of many a step.
+            return None if gradient is None else gradient.mul_(scale).to(ctx.head_dtype)
 
-        return scaled(grad_hidden_ND), scaled(grad_head_VD), scaled(grad_bias_V), None, None
+        return scaled(grad_hidden_ND), scaled(grad_head_VD), scaled(grad_bias_V), None, None, None
