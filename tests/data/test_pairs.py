@@ -99,6 +99,26 @@ def test_only_the_compared_answer_is_learned(tmp_path: Path) -> None:
     assert tokenizer.decode(learned(found.train.sides["rejected"], 0)).strip() == "bad</s>"
 
 
+def test_the_last_token_of_a_row_is_known_by_its_border_not_by_a_padding_id(tmp_path: Path) -> None:
+    """Earlier turns end with EOS, which may be the padding id too: "the first one, minus one" lies in the prompt."""
+    turns = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "B?"},
+    ]
+    rows = [{"prompt": turns, "chosen": "good", "rejected": "not so good"}] * 2
+    tokenizer = sentencepiece_like()
+    found = made(rows, tmp_path, tokenizer=tokenizer, template="vicuna_v1.1", validation=0)
+    for side in found.train.sides.values():
+        ids = row(side, 0)
+        last = int(side.borders[1]) - 1
+        assert ids.count(tokenizer.eos_id) == 2
+        assert side.tokens[last] == tokenizer.eos_id
+        assert ids.index(tokenizer.eos_id) < found.train.columns["prompt_tokens"][0] < last
+        assert side.supervised[last]
+        assert not set(ids) & {-1, -100}
+
+
 def test_held_out_pairs_are_chosen_by_their_prompts(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"Say {n}.", "chosen": f"{n} {k}", "rejected": f"no {n} {k}"} for n in range(30) for k in range(3)

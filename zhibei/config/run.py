@@ -203,7 +203,7 @@ class DpoSection(AnsweringSection):
 
     reference: Literal["auto", "adapters_off", "copy"] = "auto"
     """Where the reference log-probabilities come from: the same weights with adapters off, or a frozen copy of the
-    model. auto: adapters off where there are adapters and nothing else learns, else a copy."""
+    model. auto: adapters off where fresh adapters are all that learns, else a copy."""
 
 
 class PpoSection(AnsweringSection):

@@ -1,0 +1,26 @@
+"""Canaries of area reward_model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.doctor.canaries import Canaries
+from tests.doctor.healthy import healthy
+from zhibei.doctor.facts.model import AdapterFacts
+
+ADAPTER = AdapterFacts(Path("/runs/sft/model"), config={"base_model_name_or_path": "/models/llama-7b"})
+
+CANARIES: Canaries = {
+    "rm-base-is-adapter-path": (
+        [
+            healthy("stage=reward", "model.method=lora", rows=None, adapter=ADAPTER),
+            healthy("stage=ppo", "model.method=qlora", rows=None, adapter=ADAPTER),
+            healthy("model.method=lora", adapter=AdapterFacts(Path("/runs/sft/model"))),
+        ],
+        [
+            healthy("stage=reward", "model.method=lora", rows=None),
+            healthy("stage=reward", "model.method=lora", "lora.adapter=/runs/sft/model", rows=None, adapter=ADAPTER),
+            healthy("stage=reward", rows=None, adapter=ADAPTER),  # full training merges it into the base
+        ],
+    ),
+}

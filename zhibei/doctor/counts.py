@@ -1,0 +1,40 @@
+"""Counts of rows in words, and the rows of a run whatever its stage. Knows no check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zhibei.doctor.facts.facts import Facts
+from zhibei.doctor.facts.rows import PairFacts, RowFacts, Seen
+
+
+def rows_of(facts: Facts) -> RowFacts | PairFacts | None:
+    """The rows of supervised training, or the records of the other stages; None where they are not known."""
+    return facts.rows or facts.pairs
+
+
+def noun_of(facts: Facts) -> str:
+    """What one record of this run is called."""
+    if facts.pairs is None or facts.rows is not None:
+        return "rows"
+    return {"pairs": "pairs", "judged": "answers", "prompts": "prompts"}[facts.pairs.kind]
+
+
+def counted(part: int, whole: int, noun: str) -> str:
+    """`37 of 1,200 rows (3.1 %)`."""
+    return f"{part:,} of {whole:,} {noun} ({share(part, whole):.1%})" if whole else f"{part:,} {noun}"
+
+
+def share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def kept(audit: Mapping[str, Any]) -> int:
+    """Rows that are left of those read."""
+    return int(audit.get("rows_kept", 0))
+
+
+def first_place(seen: Seen, otherwise: str) -> str:
+    """Where it was met first."""
+    return seen.places[0] if seen.places else otherwise
