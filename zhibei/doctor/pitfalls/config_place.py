@@ -88,7 +88,7 @@ def _text_config(facts: Facts) -> Mapping[str, Any]:
     "config",
     cost="minutes",
     errors=[
-        r"rope_scaling.{0,3} must be a dictionary with (two|three) fields",
+        r"rope_scaling.{0,3} must be a dictionary with .{0,10}(two|three) fields",
         r"rope_scaling.{0,3}'s (type|factor) field must be",
         r"Unrecognized keys in `?rope_(scaling|parameters)",
         r"Missing required keys in `?rope_(scaling|parameters)",

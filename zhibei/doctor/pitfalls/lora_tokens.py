@@ -116,7 +116,7 @@ def added_tokens_not_trained_qlora(facts: Facts) -> Iterable[Finding]:
     kind="rehearsal",
     by="reload",
     cost="run",
-    errors=[r"adapter_model\.bin.{0,40}443 bytes"],
+    errors=[r"adapter_model\.(?:bin|safetensors).{0,40}\b443\b|\b443\b.{0,60}adapter_model\.(?:bin|safetensors)"],
     sources=[
         "https://github.com/tloen/alpaca-lora/issues/293",
         "https://github.com/tloen/alpaca-lora/pull/533",

@@ -271,6 +271,7 @@ def weights_file_damaged() -> None:
     because=BECAUSE,
     errors=[
         r"size mismatch for ",
+        r"Reinit due to size mismatch",
         r"error\(s\) in loading state_dict",
         r"ignore_mismatched_sizes",
         r"copying a param with shape",
@@ -301,9 +302,8 @@ def shapes_of_weights_differ() -> None:
     because=BECAUSE,
     errors=[
         r"were not initialized from the model checkpoint .{0,300}newly initialized:"
-        r" \[?'?(?!(?:\w+\.)*(?:score|classifier|v_head|summary|qa_outputs|pooler)|.{0,200}inv_freq)",
-        r"newly initialized because missing from the checkpoint(?!.{0,200}(?:score|classifier))",
-        r"you should probably TRAIN this model on a down-stream task",
+        r"(?! ?\[?'?(?:\w+\.)*(?:score|classifier|v_head|summary|qa_outputs|pooler)\b|.{0,300}inv_freq)",
+        r"^(?![\w.]*(?:score|classifier|v_head|value_head|reward_head|inv_freq))[\w.{}*, -]+ ?\| ?MISSING ?\|",
     ],
 )
 def weights_newly_initialised() -> None:

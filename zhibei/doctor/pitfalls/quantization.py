@@ -82,7 +82,7 @@ def quantised_base_not_trained_here(facts: Facts) -> Iterable[Finding]:
         "tests/doctor/test_constructions.py::test_the_whole_model_lies_on_the_device_of_the_run",
         "tests/doctor/test_constructions.py::test_options_of_other_trainers_are_refused_with_what_to_write",
     ],
-    errors=[r"can't train a model that has been loaded in (8|4)-bit precision on a different device"],
+    errors=[r"can't train a model .{0,60}\b(?:8|4)-bit\b.{0,60}(?:on a )?different device"],
     sources=[
         "https://github.com/hiyouga/LlamaFactory/issues/9",
         "https://github.com/artidoro/qlora/issues/137",
