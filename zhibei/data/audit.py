@@ -169,6 +169,7 @@ def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -
             expected="answers that fit into data.max_tokens",
             fix="raise data.max_tokens, or set data.too_long: drop",
             where="data.max_tokens",
+            pitfall="cutoff-drops-eos",
         )
 
 

@@ -233,6 +233,7 @@ def _native(family: Family, tokenizer: Tokenizer) -> NativeTemplate:
             expected="a tokenizer that reads each of these markers as one token",
             fix="use the template of this model's own family (data.template: auto), or alpaca for a base model",
             where="data.template",
+            pitfall="wrong-family-template",
         )
     has_bos = tokenizer.adds_bos or family.needs_bos
     return bind(family, bos=tokenizer.bos if has_bos else "", eos=tokenizer.eos)

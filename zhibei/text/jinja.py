@@ -120,14 +120,16 @@ class JinjaTemplate:
             f"the tokenizer's chat template refuses this conversation: {what}",
             expected="messages in the order and with the roles this template knows",
             fix="change the conversation, or name a template of zhibei with data.template",
+            pitfall="roles-must-alternate",
         )
 
-    def _unproved(self, what: str) -> UserError:
+    def _unproved(self, what: str, *, pitfall: str = "turn-boundary-search-failure") -> UserError:
         return UserError(
             f"it cannot be proved which characters of the tokenizer's chat template are the answer: {what}",
             expected="a chat template that writes each answer once, followed by a token that ends it",
             fix="mark the answer with {% generation %} ... {% endgeneration %} in the chat template, "
             "or name a template of zhibei with data.template",
+            pitfall=pitfall,
         )
 
     @cached_property
@@ -152,7 +154,10 @@ class JinjaTemplate:
         ends = [tail.index(mark) + len(mark) for mark in self._all_marks if mark in tail]
         shared = tail[: min(ends)] if ends else _common_prefix(tail, followed)
         if not shared.strip():
-            raise self._unproved("nothing but white space follows an answer, so a model could never learn to stop")
+            raise self._unproved(
+                "nothing but white space follows an answer, so a model could never learn to stop",
+                pitfall="eos-not-appended-in-sft",
+            )
         return shared
 
     @cached_property

@@ -218,6 +218,7 @@ class NativeTemplate:
             expected=expected,
             fix="merge neighbouring messages of one role, start with the user, or use a template without an order "
             "of roles (chatml, llama3)",
+            pitfall="roles-must-alternate",
         )
 
 

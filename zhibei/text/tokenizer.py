@@ -284,6 +284,7 @@ def check_tokenizer(hugging_face: Any, *, source: str) -> Tokenizer:
                 expected="a token that has an id",
                 fix=f"correct {name}_token in tokenizer_config.json (and special_tokens_map.json)",
                 where=source,
+                pitfall="llama-wrong-special-ids-decapoda",
             )
     if not names["eos"] or names["eos"] == names["unk"]:
         candidates = [token for token in EOS_NAMES if token in vocabulary]
@@ -296,6 +297,7 @@ def check_tokenizer(hugging_face: Any, *, source: str) -> Tokenizer:
             fix=f'add "eos_token": {json.dumps(candidates[0] if candidates else "</s>")} to tokenizer_config.json '
             "(and the corrected bos_token and unk_token of this model family)",
             where=source,
+            pitfall="eos-not-appended-in-sft",
         )
     pad, notes = _choose_pad(names, vocabulary)
     probe = backend.encode("a", add_special_tokens=True).ids
