@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,11 +115,21 @@ def examine(
     from zhibei.doctor.facts.gather import gather_facts
 
     with ProgressLine(mode) as line:
-        facts = gather_facts(resolved, machine=machine, on_rows=lambda done, _about: line.rows(done), resume=resume)
+        facts = gather_facts(resolved, machine=machine, on_rows=_counter(line), resume=resume)
     if fault is not None:
         own = fault.errors if isinstance(fault, SeveralErrors) else (fault,)
         facts = replace(facts, faults=(*own, *facts.faults))
     return facts, check_facts(facts, area=area)
+
+
+def _counter(line: ProgressLine) -> Callable[[int, str], None]:
+    """Shows rows while they are prepared; where they come from concerns nobody who asks for a check."""
+
+    def count(done: int, about: str) -> None:
+        if about == "preparing rows":
+            line.rows(done)
+
+    return count
 
 
 def machine_of(text: str) -> Machine | None:

@@ -49,6 +49,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "flash_attention": _ATTENTION,
     "attn_implementation": _ATTENTION,
     "sdp_attention": _ATTENTION,
+    "device_map": "the whole model goes onto one device: device",
     "gradient_checkpointing": _SAVING,
     "torch_compile": "model.compile",
     "rope_scaling": "model.rope_scaling_factor",
@@ -111,6 +112,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "dataloader_num_workers": "data.workers",
     "dataset_num_proc": "data.workers",
     "cache_dir": "data.cache",
+    "max_datasets_size": "give a source a limit: data.sources: [{path: ..., limit: 1000}]",
     "max_samples": "give a source a limit: data.sources: [{path: ..., limit: 1000}]",
     # training
     "lr": "sft.learning_rate",
@@ -126,6 +128,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "micro_train_batch_size": _MICRO_BATCH,
     "gradient_accumulation_steps": _ACCUMULATION,
     "accumulation_steps": _ACCUMULATION,
+    "accimulation_steps": _ACCUMULATION,  # as ColossalChat's README spells it
     "lr_scheduler_type": "sft.schedule",
     "lr_scheduler": "sft.schedule",
     "warmup": "sft.warmup_ratio",
