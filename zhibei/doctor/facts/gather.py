@@ -187,7 +187,17 @@ def _with_model(facts: Facts, parts: Parts) -> Facts:
     folder = run.lora.adapter or parts.get("model", lambda: locate(run.model.path).adapter)
     if folder is None:
         return replace(facts, model=model)
-    return replace(facts, model=model, adapter=parts.get("adapter", lambda: read_adapter_facts(Path(folder))))
+    return replace(facts, model=model, adapter=parts.get("adapter", lambda: _read_adapter(facts, folder)))
+
+
+def _read_adapter(facts: Facts, folder: str | Path) -> AdapterFacts:
+    """Its facts; a refusal says which field of the run file names the folder."""
+    try:
+        return read_adapter_facts(folder)
+    except UserError as error:
+        key = "lora.adapter" if facts.run.lora.adapter is not None else "model.path"
+        where = f"{facts.origin(key)}, {key}: {folder}"
+        raise UserError(error.what, expected=error.expected, fix=error.fix, where=where) from None
 
 
 def _with_reward(facts: Facts, parts: Parts) -> Facts:
