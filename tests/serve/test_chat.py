@@ -42,7 +42,7 @@ def run_folder(tmp_path: Path, template: object, *, base: str = "") -> Path:
     """What a finished run leaves: model/, manifest.json and resolved.yaml."""
     run = tmp_path / "runs" / "one"
     tiny_model_folder(run, seed=3, name="model")
-    (run / "manifest.json").write_text(json.dumps({"template": template}))
+    (run / "manifest.json").write_text(json.dumps({"format": 1, "template": template}))
     (run / "resolved.yaml").write_text(f"name: one\nmodel:\n  path: {base}\ndata:\n  sources: [rows.json]\n")
     return run
 
@@ -127,7 +127,7 @@ def test_the_base_of_a_fully_trained_run_is_found_in_its_run_file(tmp_path, fold
 def test_the_base_is_taken_from_the_manifest_first(tmp_path, folder, kind):
     run = run_folder(tmp_path, "alpaca", base="/not/this/one")
     entry = {"path": str(folder), "adapter": str(adapter_folder(tmp_path, folder)) if kind == "adapter" else None}
-    (run / "manifest.json").write_text(json.dumps({"template": "alpaca", "base": entry}))
+    (run / "manifest.json").write_text(json.dumps({"format": 1, "template": "alpaca", "base": entry}))
     base = open_base(open_speaker(str(run)))
     assert base.name == entry[kind]
     assert base.has_adapters == (kind == "adapter")

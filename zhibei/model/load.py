@@ -16,6 +16,7 @@ from zhibei.model.device import DTYPES, choose_device, choose_precision
 from zhibei.model.language_model import LanguageModel, check_head
 from zhibei.model.locate import Located, locate
 from zhibei.model.lora import add_adapters, read_adapter
+from zhibei.store.manifest import require_base
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
             fix=f"set model.path: {found.weights} and lora.adapter: {found.adapter}",
             where="model.path",
         )
+    for adapter in (found.adapter, Path(lora.adapter) if section.method == "lora" and lora.adapter else None):
+        if adapter is not None:
+            require_base(adapter, Path(found.weights))
     name = choose_attention(section.attention, need)
     hf = load_weights(found, section, need, attention_name=name)
     if found.adapter is not None:
@@ -83,6 +87,7 @@ def load_for_inference(
     need = Need(device=place, precision=choose_precision(precision, place), packing=False, longest_row=0)
     hf = load_weights(found, ModelSection(path=path), need, attention_name="auto")
     if found.adapter is not None:
+        require_base(found.adapter, Path(found.weights))
         hf = _with_adapter(hf, found.adapter)
     model = LanguageModel(hf, attention_name="auto", longest_row=0)
     model.hf.eval()
@@ -178,6 +183,7 @@ def refuse_pickles(weights: str) -> None:
         if pickled
         else "copy or download the weights into this folder",
         where="model.path",
+        pitfall="weights-incomplete",
     )
 
 
@@ -218,6 +224,7 @@ def _check_complete(weights: str, info: dict[str, Any]) -> None:
                 expected="weights that fill the model of config.json exactly",
                 fix="check that config.json and the weights belong together and that all shards were copied",
                 where="model.path",
+                pitfall="weights-do-not-fit-config",
             )
 
 
@@ -231,6 +238,7 @@ def check_finite(hf: torch.nn.Module, weights: str) -> None:
             expected="finite weights",
             fix="get the weights again; if you trained them, go back to an earlier checkpoint (zhibei verify names it)",
             where="model.path",
+            pitfall="weights-not-finite",
         )
 
 

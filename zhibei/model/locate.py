@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zhibei.config.errors import UserError
+from zhibei.store.manifest import run_of
 from zhibei.store.pipeline_dir import final_run
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import looks_local
@@ -50,7 +51,7 @@ def locate(path: str, *, base: str | None = None) -> Located:
             where="model.path",
         )
     folder = final_run(folder)
-    run = RunDir(folder) if RunDir(folder).manifest.is_file() or RunDir(folder).resolved.is_file() else None
+    run = RunDir(folder) if RunDir(folder).manifest.is_file() or RunDir(folder).resolved.is_file() else run_of(folder)
     if run is not None:
         if not run.model.is_dir():
             raise UserError(

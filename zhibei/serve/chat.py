@@ -20,6 +20,8 @@ from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import Located, locate
 from zhibei.store.files import read_json
+from zhibei.store.manifest import read_manifest, recorded, require_manifest, template_entry
+from zhibei.store.run_dir import RunDir
 from zhibei.text.families import TEMPLATES, find_template
 from zhibei.text.jinja import JinjaTemplate
 from zhibei.text.messages import Message
@@ -150,10 +152,13 @@ def open_speaker(
     """Load what lies at `path`: a run directory, a Hugging Face folder, a hub id, or a PEFT adapter folder.
 
     `base` names the model under an adapter, `template` overrides what the run's manifest or the tokenizer says.
-    Raises UserError when something is missing: the folder, an adapter's base, a template.
+    Raises UserError when something is missing (the folder, an adapter's base, a template), and when tokenizer, template
+    or base are no longer those that the run's manifest names.
     """
     found = locate(path, base=base)
     tokenizer = load_tokenizer(_tokenizer_place(found))
+    if found.run is not None:
+        _require_as_trained(found.run, tokenizer, asked=template)
     chosen, notes = choose_template(found, tokenizer, asked=template)
     model = load_for_inference(path, device=device, precision=precision, base=base)
     return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes)
@@ -200,6 +205,23 @@ def choose_template(found: Located, tokenizer: Tokenizer, *, asked: str | None) 
         expected=f"one of {', '.join(TEMPLATES)}",
         fix="choose the one it was trained with: --template NAME (for a base model, alpaca is a fair try)",
         where=found.weights,
+    )
+
+
+def _require_as_trained(run: RunDir, tokenizer: Tokenizer, *, asked: str | None) -> None:
+    """What the model speaks with must be what it was trained with; a template that was asked for may be another."""
+    manifest = read_manifest(run.path)
+    now: dict[str, Any] = {
+        "tokenizer.sha256": tokenizer.fingerprint,
+        "special_ids": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id},
+    }
+    if asked is None and tokenizer.chat_template is not None:
+        now["template.sha256"] = template_entry("", jinja=tokenizer.chat_template)["sha256"]
+    require_manifest(
+        run.path,
+        {name: value for name, value in now.items() if recorded(manifest, name) is not None},
+        fix=f"put back the files that {run.model} held (zhibei verify names the changed one); with another template on "
+        "purpose: --template NAME",
     )
 
 

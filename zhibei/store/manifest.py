@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from zhibei.config.errors import UserError
+from zhibei.config.errors import SeveralErrors, UserError
 from zhibei.store.files import read_json, sha256_of, sha256_of_text, write_json_atomic
 from zhibei.store.headers import read_header
 from zhibei.store.run_dir import RunDir
@@ -162,25 +162,61 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def require_manifest(run_dir: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def require_manifest(run_dir: Path, expected: Mapping[str, Any] | None = None, *, fix: str = "") -> dict[str, Any]:
     """The manifest, if it says what the coming stage relies on.
 
     `expected` maps dotted names to values: `{"template.sha256": "…", "tokenizer.sha256": "…"}`. UserError that names
-    both values at the first one that is absent or differs. Training wrote it; silently going on would give nonsense.
+    both values of each one that is absent or differs. Training wrote it; silently going on would give nonsense.
     """
     manifest = read_manifest(run_dir)
-    for name, wanted in (expected or {}).items():
-        value: Any = manifest
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value != wanted:
-            raise UserError(
-                f"{name} is {_short(wanted)} now, and was {_short(value)} when the run was trained",
-                expected=f"{name} = {_short(value)}",
-                fix="use what the run was trained with, or train anew with what you have now",
-                where=str(RunDir(run_dir).manifest),
-            )
+    errors = [
+        UserError(
+            f"{name} is {_short(wanted)} now, and was {_short(recorded(manifest, name))} when the run was trained",
+            expected=f"{name} = {_short(recorded(manifest, name))}",
+            fix=fix or "use what the run was trained with, or train anew with what you have now",
+            where=str(RunDir(run_dir).manifest),
+        )
+        for name, wanted in (expected or {}).items()
+        if recorded(manifest, name) != wanted
+    ]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        where = str(RunDir(run_dir).manifest)
+        raise SeveralErrors(
+            errors, what=f"{len(errors)} things are not as they were when the run was trained", where=where
+        )
     return manifest
+
+
+def recorded(manifest: Mapping[str, Any], name: str) -> Any:
+    """The value under a dotted name (`template.sha256`); None when it is absent."""
+    value: Any = manifest
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def require_base(adapter: Path, weights: Path) -> None:
+    """An adapter belongs to the very weights it was trained on; on others it gives nonsense without any message.
+
+    Asked of adapters in a run of zhibei (`runs/<name>/model`); others carry no fingerprint. Raises UserError.
+    """
+    run = run_of(adapter)
+    if run is None or not weights.is_dir() or not recorded(read_manifest(run.path), "base.fingerprint"):
+        return
+    path = recorded(read_manifest(run.path), "base.path")
+    fix = f"give the base it was trained on ({path}), or train an adapter on {weights}"
+    require_manifest(run.path, {"base.fingerprint": model_fingerprint(weights)}, fix=fix)
+
+
+def run_of(folder: Path) -> RunDir | None:
+    """The run that a folder is, or that its model folder belongs to."""
+    for place in (folder, folder.resolve().parent):
+        run = RunDir(place)
+        if run.manifest.is_file() and (place == folder or run.model.resolve() == folder.resolve()):
+            return run
+    return None
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from zhibei.store.checkpoint import STEP_NAME, check_checkpoint, list_steps
 from zhibei.store.files import read_json, sha256_of
 from zhibei.store.folders import LEFT_OVER_NAME, Problem
 from zhibei.store.ledger import read_ledger
-from zhibei.store.manifest import read_manifest
+from zhibei.store.manifest import read_manifest, require_base
 from zhibei.store.metrics import read_metrics
 from zhibei.store.model_folder import inspect_adapter_folder, inspect_model_folder
 from zhibei.store.pipeline_dir import PIPELINE_FILE
@@ -126,6 +126,7 @@ def inspect_run(path: Path) -> list[FileFindings]:
     if run.model.is_dir():
         files += inspect_folder(run.model).files
         files += _against_hashes(run.model, manifest.get("model_files") or [])
+        files += _base_of_adapter(run.model)
     elif manifest.get("finished"):
         files.append(FileFindings(run.model, problems=["missing, although the manifest says that the run finished"]))
     return files
@@ -194,6 +195,19 @@ def _against_hashes(folder: Path, recorded: list[dict[str, Any]]) -> list[FileFi
         elif sha256_of(path) != item.get("sha256"):
             files.append(FileFindings(path, problems=["hash differs from the one in the manifest"]))
     return files
+
+
+def _base_of_adapter(model: Path) -> list[FileFindings]:
+    """An adapter is only as sound as the base below it: what lies at its path must be what it was trained on."""
+    try:
+        base = Path(str(read_json(model / "adapter_config.json")["base_model_name_or_path"]))
+    except (UserError, KeyError, TypeError):
+        return []  # no adapter, or one that is reported already
+    try:
+        require_base(model, base)
+    except UserError as problem:
+        return [FileFindings(base, problems=[problem.what])]
+    return []
 
 
 def inspect_pipeline(path: Path) -> list[FileFindings]:

@@ -10,6 +10,7 @@ from zhibei.config.errors import UserError
 from zhibei.config.run import RunFile
 from zhibei.data.prepared_cache import cache_root
 from zhibei.model.locate import locate
+from zhibei.store.manifest import require_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,9 +48,17 @@ def require_writable(run_dir: RunDir) -> None:
 
 
 def load_run_tokenizer(run: RunFile) -> Tokenizer:
-    """The tokenizer the run file names, else the one beside the model (for an adapter: its own, else its base's)."""
+    """The tokenizer the run file names, else the one beside the model (for an adapter: its own, else its base's).
+
+    Raises UserError when the model is that of a run and the tokenizer in it is no longer the one it was trained with.
+    """
     path, options = tokenizer_place(run)
-    return load_tokenizer(path, cache=cache_root(run.data.cache), **options)
+    tokenizer = load_tokenizer(path, cache=cache_root(run.data.cache), **options)
+    parent = locate(run.model.path).run
+    if parent is not None and run.model.tokenizer is None and parent.manifest.is_file():
+        fix = "put the tokenizer files back as the run wrote them (zhibei verify names the changed one)"
+        require_manifest(parent.path, {"tokenizer.sha256": tokenizer.fingerprint}, fix=fix)
+    return tokenizer
 
 
 def tokenizer_place(run: RunFile) -> tuple[str, dict[str, Any]]:

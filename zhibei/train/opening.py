@@ -73,7 +73,8 @@ def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[st
     Raises UserError when the run belongs to other rows, template, tokenizer or base model.
     """
     now = describe(materials)
-    expected = {name: now[name] for name in ("prepared_key", "method", "global_batch", "seed")}
+    same = ("prepared_key", "special_ids", "supervise", "max_tokens", "method", "precision", "global_batch", "seed")
+    expected = {name: now[name] for name in same}
     expected |= {"base.fingerprint": now["base"]["fingerprint"], "tokenizer.sha256": now["tokenizer"]["sha256"]}
     expected |= {"template.sha256": now["template"]["sha256"]}
     manifest = require_manifest(run_dir.path, expected)
