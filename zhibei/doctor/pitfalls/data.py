@@ -11,7 +11,7 @@ from zhibei.doctor.pitfall import Finding, pitfall
 # Rules of zhibei.data.clean whose hits are faults of the data rather than matters of taste.
 NOISE = (
     "placeholder_answer", "no_input_phrase", "merged_instructions", "service_message", "digit_flood",
-    "wrong_arithmetic", "link_in_question", "empty_code", "repeated_lines", "replacement_characters", "mojibake",
+    "wrong_arithmetic", "empty_code", "repeated_lines", "replacement_characters", "mojibake",
 )  # fmt: skip
 MARKUP = ("html_remnants", "escaped_characters")
 # The share from which a fault of the data shows in what a model says. The original Alpaca data (52,002 rows), whose
