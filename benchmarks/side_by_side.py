@@ -70,7 +70,7 @@ def run_theirs(run: RunFile, prepared: PreparedSet, *, batch: int, make: Callabl
     assert run.sft.max_steps is not None
     assert run.sft.learning_rate is not None
     batches, _ = make_batches(run, prepared, pad_token=0, device=torch.device("cpu"))
-    order = [int(number) for step in range(run.sft.max_steps) for number in batches.rows_of_step(step)]
+    order = [int(number) for step in range(run.sft.max_steps) for number in batches.items_of_step(step)]
     rows = rows_of(prepared.train)
     model: Any = AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float32)
     if run.model.method == "lora":

@@ -27,7 +27,7 @@ def make(num_rows: int = 50, **changes) -> Batches:
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_epoch_sees_every_row_once_whatever_the_packing(packing):
     batches = make(packing=packing)
-    stream = np.concatenate([batches.rows_of_step(step) for step in range(batches.num_steps)])
+    stream = np.concatenate([batches.items_of_step(step) for step in range(batches.num_steps)])
     assert len(stream) == 100
     assert sorted(stream[:50]) == sorted(stream[50:]) == list(range(50))
     assert list(stream[:50]) != list(stream[50:])
@@ -35,13 +35,13 @@ def test_every_epoch_sees_every_row_once_whatever_the_packing(packing):
 
 def test_a_step_does_not_depend_on_what_was_asked_before():
     batches, again = make(), make()
-    backwards = {step: list(again.rows_of_step(step)) for step in reversed(range(again.num_steps))}
-    assert all(list(batches.rows_of_step(step)) == backwards[step] for step in range(batches.num_steps))
+    backwards = {step: list(again.items_of_step(step)) for step in reversed(range(again.num_steps))}
+    assert all(list(batches.items_of_step(step)) == backwards[step] for step in range(batches.num_steps))
 
 
 def test_seed_and_epoch_change_the_order_and_shuffle_off_keeps_it():
-    assert list(make(seed=1).rows_of_step(0)) != list(make(seed=2).rows_of_step(0))
-    assert list(make(shuffle=False).rows_of_step(0)) == list(range(8))
+    assert list(make(seed=1).items_of_step(0)) != list(make(seed=2).items_of_step(0))
+    assert list(make(shuffle=False).items_of_step(0)) == list(range(8))
 
 
 def test_steps_from_the_middle_are_the_rest_of_the_steps():
@@ -94,9 +94,9 @@ def test_length_groups_hold_similar_rows_and_still_every_row():
     plain = Batches(rows_of(lengths), dataclasses.replace(plan, group_by_length=False))
 
     def spread(batches: Batches) -> float:
-        return float(np.mean([np.ptp(lengths[batches.rows_of_step(step)]) for step in range(batches.num_steps)]))
+        return float(np.mean([np.ptp(lengths[batches.items_of_step(step)]) for step in range(batches.num_steps)]))
 
-    assert sorted(np.concatenate([grouped.rows_of_step(s) for s in range(50)])) == list(range(400))
+    assert sorted(np.concatenate([grouped.items_of_step(s) for s in range(50)])) == list(range(400))
     assert spread(grouped) < 0.1 * spread(plain)
 
 
@@ -110,3 +110,24 @@ def test_a_row_longer_than_the_budget_is_an_error_that_names_the_remedy():
     with pytest.raises(UserError, match="longest row has 50 tokens") as caught:
         Batches(rows_of([50, 5]), BatchPlan(global_batch=1, micro_batch_tokens=49))
     assert "micro_batch_tokens: 50" in caught.value.fix
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_items_of_two_rows_are_never_torn_apart_and_bring_their_columns(packing: bool) -> None:
+    lengths = [5, 3, 9, 2, 4, 4, 7, 6, 3, 3, 8, 1]
+    margins = np.arange(6) / 10
+    plan = BatchPlan(global_batch=4, micro_batch_tokens=24, packing=packing, rows_per_item=2, unit="items")
+    batches = Batches(rows_of(lengths), plan, epochs=1, columns_I={"margin": margins})
+    assert batches.num_items == 6
+    assert batches.num_steps == 2
+    seen: list[int] = []
+    for _, passes in batches.steps():
+        for batch in passes:
+            firsts, seconds = batch.row_numbers[::2], batch.row_numbers[1::2]
+            assert [first + 1 for first in firsts] == list(seconds)
+            assert all(first % 2 == 0 for first in firsts)
+            assert batch.num_units == len(firsts)
+            assert batch.columns_I["margin"].tolist() == [margins[first // 2] for first in firsts]
+            assert batch.tokens_BT.numel() <= 24
+            seen += firsts
+    assert sorted(seen) == [0, 2, 4, 6, 8, 10]

@@ -5,9 +5,10 @@ Dimensions: B sequences (1 when packed), T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class Batch:
 
     `targets_BT` holds the next token where it is learned, else -100; the shift by one happens here and nowhere else.
     Packed batches (B = 1) have `borders` (int32, cumulative row lengths from 0); rows beyond `row_numbers` are padding.
-    Padded batches have a `mask_BT` of real tokens instead. `num_units` counts the learned tokens.
+    Padded batches have a `mask_BT` of real tokens instead. `num_units` counts what the loss is a mean of: learned
+    tokens, or items (pairs, judged answers). `columns_I` holds figures of the items, [I] each.
     """
 
     tokens_BT: torch.Tensor
@@ -36,6 +38,7 @@ class Batch:
     row_lengths: tuple[int, ...]
     row_numbers: tuple[int, ...]
     num_units: int
+    columns_I: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +58,8 @@ class Batch:
             return tensor.pin_memory().to(device, non_blocking=True)
 
         moved = {name: move(getattr(self, name)) for name in ("tokens_BT", "targets_BT", "positions_BT")}
-        return replace(self, **moved, mask_BT=move(self.mask_BT), borders=move(self.borders))
+        columns_I = {name: column.to(device) for name, column in self.columns_I.items()}
+        return replace(self, **moved, mask_BT=move(self.mask_BT), borders=move(self.borders), columns_I=columns_I)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class BatchPlan:
     """How rows become steps and steps become micro-batches.
 
     `pad_multiple`: token counts are padded up to a multiple, so that compiled kernels see few shapes.
+    `rows_per_item`: so many rows in sequence are one item, never torn apart (2: chosen and rejected of a pair); the
+    global batch counts items. `unit`: what the loss is a mean of.
     """
 
     global_batch: int
@@ -73,36 +79,50 @@ class BatchPlan:
     seed: int = 0
     pad_multiple: int = 1
     pad_token: int = 0
+    rows_per_item: int = 1
+    unit: Literal["tokens", "items"] = "tokens"
 
 
 class Batches:
-    """Steps over prepared rows. Which rows a step has is a pure function of (seed, step), whatever the ranks."""
+    """Steps over prepared rows. Which items (rows, or pairs of them) a step has is a pure function of (seed, step),
+    whatever the ranks. `columns_I` holds figures of the items, which travel with them."""
 
-    def __init__(self, rows: PreparedRows, plan: BatchPlan, *, epochs: float = 1, max_steps: int | None = None) -> None:
-        self.rows, self.plan = rows, plan
-        self._lengths = rows.lengths
+    def __init__(
+        self,
+        rows: PreparedRows,
+        plan: BatchPlan,
+        *,
+        epochs: float = 1,
+        max_steps: int | None = None,
+        columns_I: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.rows, self.plan, self.columns_I = rows, plan, columns_I or {}
+        lengths_IK = rows.lengths.reshape(-1, plan.rows_per_item)
+        # What an item takes of a forward pass: padded rows are all as long as the longest.
+        self._lengths = lengths_IK.sum(axis=1) if plan.packing else lengths_IK.max(axis=1, initial=0)
+        self.num_items = len(lengths_IK)
         require_steps(
-            len(rows),
-            int(self._lengths.max(initial=0)),
+            self.num_items,
+            int(self._lengths.max(initial=0)) * (1 if plan.packing else plan.rows_per_item),
             global_batch=plan.global_batch,
             micro_batch_tokens=plan.micro_batch_tokens,
         )
         length = {"global_batch": plan.global_batch, "epochs": epochs, "max_steps": max_steps}
-        self.num_steps = num_steps_of(len(rows), **length)
-        self._total_rows = max(total_rows_of(len(rows), **length), 1)
+        self.num_steps = num_steps_of(self.num_items, **length)
+        self._total_items = max(total_rows_of(self.num_items, **length), 1)
         self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data once `step` steps are done."""
-        return min(step * self.plan.global_batch, self._total_rows) / len(self.rows)
+        return min(step * self.plan.global_batch, self._total_items) / self.num_items
 
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Row numbers of step `step` (from 0). The stream runs over epoch borders: only the last step may be short."""
+    def items_of_step(self, step: int) -> np.ndarray:
+        """Item numbers of step `step` (from 0). The stream runs over epoch borders: only the last step may be short."""
         first = step * self.plan.global_batch
-        last = min(first + self.plan.global_batch, self._total_rows)
+        last = min(first + self.plan.global_batch, self._total_items)
         positions = np.arange(first, last)
-        epochs = positions // len(self.rows)
-        parts = [self._order(int(e))[positions[epochs == e] % len(self.rows)] for e in np.unique(epochs)]
+        epochs = positions // self.num_items
+        parts = [self._order(int(e))[positions[epochs == e] % self.num_items] for e in np.unique(epochs)]
         return np.concatenate(parts)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -111,13 +131,24 @@ class Batches:
         return self._order_of_epoch[1]
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """The step's rows as forward passes within the token budget."""
-        return self._passes(self.rows_of_step(step))
+        """The step's items as forward passes within the token budget."""
+        return self._passes(self.items_of_step(step))
 
-    def _passes(self, numbers: np.ndarray) -> list[Batch]:
-        split, collate = (split_packed, collate_packed) if self.plan.packing else (split_padded, collate_padded)
-        groups = split(self._lengths[numbers], self.plan.micro_batch_tokens)
-        return [collate(self.rows, numbers[group], self.plan) for group in groups]
+    def _passes(self, items: np.ndarray) -> list[Batch]:
+        plan = self.plan
+        if plan.packing:
+            groups = split_packed(self._lengths[items], plan.micro_batch_tokens)
+        else:
+            groups = split_padded(self._lengths[items], plan.micro_batch_tokens // plan.rows_per_item)
+        return [self._pass(items[group]) for group in groups]
+
+    def _pass(self, items: np.ndarray) -> Batch:
+        plan = self.plan
+        numbers = (items[:, None] * plan.rows_per_item + np.arange(plan.rows_per_item)).reshape(-1)
+        batch = (collate_packed if plan.packing else collate_padded)(self.rows, numbers, plan)
+        columns_I = {name: torch.from_numpy(column[items]) for name, column in self.columns_I.items()}
+        num_units = batch.num_units if plan.unit == "tokens" else len(items)
+        return replace(batch, columns_I=columns_I, num_units=num_units)
 
     def steps(self, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
         """(step, micro-batches) from step `first` on; the next step is put together while this one is computed."""
@@ -130,8 +161,8 @@ class Batches:
                 yield step, current
 
     def all_rows(self, limit: int | None = None) -> Iterator[Batch]:
-        """Every row once, in file order, for held-out evaluation."""
-        end = min(len(self.rows), limit or len(self.rows))
+        """Every item once, in file order, for held-out evaluation."""
+        end = min(self.num_items, limit or self.num_items)
         for start in range(0, end, self.plan.global_batch):
             yield from self._passes(np.arange(start, min(start + self.plan.global_batch, end)))
 

@@ -39,7 +39,7 @@ def worst_of(batches: Batches) -> Worst:
     steps = range(batches.num_steps)
     looked_at = steps if len(steps) <= MOST_STEPS else np.linspace(0, len(steps) - 1, MOST_STEPS).astype(int)
     for step in looked_at:
-        numbers = batches.rows_of_step(int(step))
+        numbers = batches.items_of_step(int(step))
         groups = [numbers[group] for group in split(lengths[numbers], plan.micro_batch_tokens)]
         most = max(most, (len(groups), int(step)))
         for group in groups:
