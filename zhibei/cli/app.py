@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show the effective run file and where each value comes from.",
     ),
     "check": ("zhibei.cli.check:check", "Find everything that is known to be wrong with a run before it runs."),
+    "doctor": ("zhibei.cli.doctor:doctor", "Try what this machine can do, and say what is broken."),
     "rehearse": ("zhibei.cli.rehearse:rehearse", "Try a run for a minute: two steps, a save, all read back."),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
     "resume": ("zhibei.cli.train:resume", "Go on with a run that was stopped."),
