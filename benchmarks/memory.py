@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -26,9 +27,14 @@ from typing import Any
 
 from benchmarks.memory_grid import GRIDS, Setting
 from benchmarks.records import RESULTS, Record, merge, read, with_surroundings
+from zhibei.plan.job import Job, adapted_names, attention_on
+from zhibei.plan.machines import Gpu
+from zhibei.plan.memory import MemoryPlan, predict
+from zhibei.plan.shapes import read_shape
 
 RESULT_FILE = RESULTS / "memory.json"
 SPARE_GIB = 4.0
+CARD = Gpu("a card with varlen attention", 80, (8, 0))
 SECONDS_EACH = 75
 LIMIT_SECONDS = 240
 
@@ -47,7 +53,7 @@ def one(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """Measure every setting that still fits into the time; write each record as it comes."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     settings = [setting for setting in GRIDS[options.grid] if options.only in setting.words()]
     card_gib, began = _card_gib(), time.monotonic()
     room, lock = threading.Condition(), threading.Lock()
@@ -66,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
             room.notify_all()
 
     threads = []
-    for setting in sorted(settings, key=lambda each: -_rough_gib(each)):
-        need = min(_rough_gib(setting), card_gib - SPARE_GIB)
+    for setting in sorted(settings, key=lambda each: -_room_gib(each)):
+        need = min(_room_gib(setting), card_gib - SPARE_GIB)
         with room:
             room.wait_for(lambda need=need: state["free"] >= need and state["running"] < options.parallel)
             if options.seconds - (time.monotonic() - began) < SECONDS_EACH / 2:
@@ -90,20 +96,33 @@ def _card_gib() -> float:
     return float(asked.stdout.split()[-1])
 
 
-def _rough_gib(setting: Setting) -> float:
-    """Room to keep for a configuration while others run: generous, since a wrong guess spoils its neighbours."""
-    sizes = setting.config()
-    hidden = sizes.get("hidden_size", sizes.get("n_embd", 64))
-    mlp = sizes.get("intermediate_size", sizes.get("ffn_dim", 4 * hidden))
-    layer = 4 * hidden * hidden + 3 * hidden * mlp
-    parameters = setting.layers * layer + 2 * hidden * sizes["vocab_size"]
-    states = 20 if setting.method == "full" else 3
-    kept = 40 * hidden + 12 * mlp if setting.checkpointing != "full" else 3 * hidden
-    passing = (40 * hidden + 12 * mlp) * 2 + 4 * hidden * setting.layers
-    logits = 14 * 2048 * sizes["vocab_size"]
-    double = 2 if setting.precision == "fp32" or not setting.compile else 1
-    activations = double * setting.tokens * (kept * setting.layers + passing)
-    return (states * parameters + activations + logits) / 2**30 + 1.5
+def _room_gib(setting: Setting) -> float:
+    """Room to keep for a configuration while others run: a wrong guess would spoil its neighbours."""
+    return plan_of(setting, setting.tokens, setting.passes).device_gib * 1.1 + 0.5
+
+
+def plan_of(setting: Setting, pass_tokens: int, num_passes: int) -> MemoryPlan:
+    """What `zhibei plan` says about a configuration."""
+    shape = read_shape(setting.config())
+    targets = setting.targets if setting.targets == "all-linear" else setting.targets.split(",")
+    attention = attention_on("auto", CARD, packing=setting.packing, precision=setting.precision, shape=shape)
+    job = Job(
+        pass_tokens=pass_tokens,
+        num_passes=num_passes,
+        row_tokens=setting.row,
+        method=setting.method,
+        quantize=setting.quantize,
+        precision=setting.precision,
+        optimizer=setting.optimizer,
+        checkpointing=setting.checkpointing,
+        is_compiled=setting.compile,
+        packing=setting.packing,
+        attention=attention,
+        rank=setting.rank,
+        targets=adapted_names(shape, targets) if setting.method != "full" else (),
+        sample_tokens=16,
+    )
+    return predict(shape, job)
 
 
 def _in_process(setting: Setting, options: argparse.Namespace, *, limit: float) -> Record:
@@ -138,26 +157,51 @@ def with_surroundings_of_nothing(record: Record) -> Record:
 
 
 def with_prediction(record: Record) -> Record:
-    """The record with what `zhibei plan` says about its configuration, made anew from the settings."""
-    return record
+    """The record with what the plan says about its configuration, and how far that is from what was measured.
+
+    `predicted_gib` and `measured_gib` are the most that tensors held over all measured phases; `reserved_gib` is what
+    torch's allocator took for them.
+    """
+    if "error" in record:
+        return record
+    fields = {key: value for key, value in record["settings"].items() if key != "grid"}
+    plan = plan_of(Setting(**fields), record["pass_tokens"], record["num_passes"])
+    measured = {name: figure["allocated_gib"] for name, figure in record["measured"].items()}
+    phases = {name: plan.phase(name).gib for name in measured}
+    most, promised = max(measured.values()), max(phases.values())
+    return {
+        **{key: value for key, value in record.items() if key not in ("explained", "saved")},
+        "predicted": {name: round(value, 3) for name, value in phases.items()},
+        "predicted_gib": round(promised, 3),
+        "measured_gib": round(most, 3),
+        "error_percent": round(100 * (promised / max(most, 1e-9) - 1), 2),
+        "reserved_gib": max(figure["reserved_gib"] for figure in record["measured"].values()),
+        "peak_at": max((plan.phase(name) for name in measured), key=lambda phase: phase.gib).moment,
+    }
 
 
 def summary(record: Record) -> str:
-    """One line: who, measured and predicted."""
+    """One line: measured, predicted, which configuration, and the error of each phase."""
     settings: dict[str, Any] = record["settings"]
     words = " ".join(str(value) for key, value in settings.items() if key not in ("grid", "quantize"))
     if "error" in record:
         return f"FAILED {words}: {record['error'][:1000]}"
-    phases = {name: figure["allocated_gib"] for name, figure in record["measured"].items()}
-    reserved = max(figure["reserved_gib"] for figure in record["measured"].values())
-    return f"{record.get('seconds', 0):5.0f}s {words}: {phases} reserved {reserved}"
+    figures = f"measured {record['measured_gib']:7.3f} predicted {record['predicted_gib']:7.3f} GiB"
+    phases = " ".join(
+        f"{name} {100 * (record['predicted'][name] / max(1e-9, figure['allocated_gib']) - 1):+.1f}%"
+        for name, figure in record["measured"].items()
+    )
+    return f"{record.get('seconds', 0):4.0f}s {figures} {record['error_percent']:+6.2f}%  {words} | {phases}"
 
 
-def predict(options: argparse.Namespace) -> int:
+def predicted(options: argparse.Namespace) -> int:
     """Make the predictions of the result file anew and show both figures."""
     records = [with_prediction(record) for record in read(options.file)]
     for record in records:
         print(summary(record))
+    errors = [abs(record["error_percent"]) for record in records if "error" not in record]
+    if errors:
+        print(f"{len(errors)} configurations: worst {max(errors):.2f} %, median {statistics.median(errors):.2f} %")
     return 0
 
 
@@ -168,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--grid", choices=tuple(GRIDS), default="grid")
     running.add_argument("--only", default="", help="only settings whose words contain this, e.g. shape=llama-7b")
     running.add_argument("--seconds", "--budget-seconds", type=float, default=480, help="start nothing after that")
-    running.add_argument("--parallel", type=int, default=6, help="most configurations measured at the same time")
+    running.add_argument("--parallel", type=int, default=8, help="most configurations measured at the same time")
     running.add_argument("--out", type=Path, default=None, help="result file to merge into, after each record")
     running.add_argument("--explain", action="store_true", help="also say what lay in memory at the peak")
     single = verbs.add_parser("one")
@@ -187,7 +231,7 @@ def merged(options: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"run": run, "one": one, "merge": merged, "predict": predict}
+VERBS = {"run": run, "one": one, "merge": merged, "predict": predicted}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

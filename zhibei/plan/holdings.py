@@ -32,6 +32,8 @@ class Holdings:
     """fp32 sums of several passes; 0 where gradients are fp32 already or one pass is a step."""
     trained: int
     """Parameters that learn."""
+    trained_sizes: tuple[int, ...]
+    """Elements of each tensor that learns, in the order in which the optimiser meets them."""
     largest_trained: int
     largest: int
     """Elements of the largest tensor of all."""
@@ -48,7 +50,7 @@ def rounded(num_bytes: float) -> int:
 
 def holdings_of(shape: ModelShape, job: Job) -> Holdings:
     """What the model and its optimiser hold."""
-    base = {name: math.prod(size) for name, size in shape.tensors()}
+    base = {name: math.prod(size) for name, size in in_model_order(shape)}
     adapters = adapter_sizes(shape, job)
     copied = saved_modules(base, job)
     trained = list(base.values()) if not job.trains_adapters else [*adapters, *copied]
@@ -69,12 +71,21 @@ def holdings_of(shape: ModelShape, job: Job) -> Holdings:
         gradients=sum(rounded(item * n) for n in trained),
         gradient_sums=sum(rounded(4 * n) for n in trained) if item != 4 and job.num_passes > 1 else 0,
         trained=sum(trained),
+        trained_sizes=tuple(trained),
         largest_trained=max(trained, default=0),
         largest=max(base.values()),
         frozen_head=job.trains_adapters and not any("lm_head" in name for name in job.modules_to_save),
         frozen_embedding=job.trains_adapters and not any("embed" in name for name in job.modules_to_save),
         states_from_first_update=not is_split,
     )
+
+
+def in_model_order(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
+    """Embeddings, layers, then the final norm and the head, as models list their parameters."""
+    tensors = list(shape.tensors())
+    first = [pair for pair in tensors if pair[0] in shape.outside and len(pair[1]) == 2 and "lm_head" not in pair[0]]
+    last = [pair for pair in tensors if pair[0] in shape.outside and pair not in first]
+    return [*first, *(pair for pair in tensors if pair[0] not in shape.outside), *last]
 
 
 def weight_bytes(shape: ModelShape, job: Job) -> int:

@@ -155,7 +155,7 @@ def job_of(
         rank=run.lora.rank,
         targets=adapted_names(shape, run.lora.targets) if is_lora else (),
         modules_to_save=tuple(run.lora.modules_to_save) if is_lora else (),
-        sample_tokens=section.sample_tokens,
+        sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
         has_heldout=run.data.validation != 0,
         reference=run.dpo.reference,
         ppo_models=ppo.models,

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from zhibei.plan.holdings import Holdings, holdings_of
-from zhibei.plan.job import Job
-from zhibei.plan.moments import Causes, Moment, chunk_bytes, moments_of
+from zhibei.plan.job import PANEL_PROMPTS, Job
+from zhibei.plan.moments import LOSS_CHUNK, Causes, Moment, moments_of, update
 from zhibei.plan.shapes import ModelShape
 
 GIB = 2**30
@@ -90,8 +90,8 @@ def predict(shape: ModelShape, job: Job) -> MemoryPlan:
     before_update = {**always, "optimiser states": 0} if held.states_from_first_update else always
     moments = list(moments_of(shape, job, held))
     first = [_with(before_update, moment) for moment in moments if moment.name != "update"]
-    first += [_with(always, moment) for moment in moments if moment.name == "update"]
-    steady = [_with(always, moment) for moment in moments]
+    first.append(_with(before_update, Moment("update", update(job, held, is_first=True))))
+    steady = [_with(always if moment.name != "update" else before_update, moment) for moment in moments]
     phases = [
         Phase("load", "checking that weights are finite", _load(before_update, job, held)),
         _heaviest("first step", first),
@@ -119,20 +119,33 @@ def _finite(job: Job, elements: int) -> float:
 
 
 def _load(always: Causes, job: Job, held: Holdings) -> Causes:
-    checked = {"weights": held.weights, "checks": _finite(job, held.largest), "workspaces": WORKSPACE_BYTES / 2}
+    checked = {"weights": held.weights, "checks": _finite(job, held.largest)}
     ready = {**always, "workspaces": WORKSPACE_BYTES / 2}
     return max(checked, ready, key=lambda causes: sum(causes.values()))
 
 
 def _evaluation(shape: ModelShape, job: Job) -> list[Moment]:
-    """Held-out loss without gradients, and the panel's answers."""
+    """Held-out loss without gradients, and the panel's answers, of which the cache of keys and values is the most."""
     tokens, item = job.pass_tokens, job.item_bytes
-    forward = tokens * item * (4 * shape.mlp_width + 5 * shape.hidden)
-    logits = chunk_bytes(shape, job) + 4 * min(tokens, 2048) * shape.vocabulary * job.is_compiled
+    wide = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
+    forward = tokens * item * (4 * wide + 4 * shape.hidden)
+    rows, has_earlier = min(LOSS_CHUNK, tokens), tokens > LOSS_CHUNK
+    per_logit = item * (1 + has_earlier) if job.is_compiled else item * (1 + has_earlier) + 8
+    answers = PANEL_PROMPTS * (job.row_tokens + job.sample_tokens) if job.sample_tokens else 0
     return [
         Moment("a layer", {"activations": forward}),
-        Moment("loss", {"loss": logits, "activations": 2 * item * tokens * shape.hidden}),
+        Moment("loss", {"loss": per_logit * rows * shape.vocabulary, "activations": item * tokens * shape.hidden}),
+        Moment(
+            "sampled answers",
+            {**sampling(shape, job, answers, PANEL_PROMPTS), "activations": item * answers * 2 * wide},
+        ),
     ]
+
+
+def sampling(shape: ModelShape, job: Job, tokens: int, num_rows: int) -> Causes:
+    """Keys and values of all tokens in all layers, and a row of fp32 logits (and their copies) per answer."""
+    cache = 2 * shape.key_width * job.item_bytes * shape.num_layers * tokens
+    return {"KV cache": cache, "loss": 16 * num_rows * shape.vocabulary}
 
 
 def _proof(always: Causes, job: Job, held: Holdings) -> Causes:

@@ -51,9 +51,16 @@ def _plus(base: Causes, more: Causes) -> Causes:
 
 def kept_bytes(shape: ModelShape, job: Job) -> Causes:
     """What all layers and the final norm keep for the backward pass."""
-    tokens, item = job.pass_tokens, job.item_bytes
+    tokens = job.pass_tokens
     layers = layer_bytes(shape, job.execution, row_tokens=job.row_tokens).total * shape.num_layers * tokens
-    return {"activations": layers + _final_norm(shape, job) + _tables(shape, job) + 8 * 3 * tokens}
+    return {"activations": layers + _final_norm(shape, job) + _tables(shape, job) - _not_kept(shape, job)}
+
+
+def _not_kept(shape: ModelShape, job: Job) -> float:
+    """Below the first adapter nothing learns: the first layer keeps neither its input nor its first norm's."""
+    if not job.trains_adapters or job.checkpointing == "full":
+        return 0.0
+    return job.pass_tokens * shape.hidden * (job.item_bytes if job.execution.is_compiled else 4)
 
 
 def _final_norm(shape: ModelShape, job: Job) -> float:
@@ -79,11 +86,9 @@ def chunk_bytes(shape: ModelShape, job: Job) -> float:
     rows = min(LOSS_CHUNK, job.pass_tokens)
     has_earlier = job.pass_tokens > LOSS_CHUNK
     item = job.item_bytes
-    if job.is_compiled:
-        per_logit = item * (2 + has_earlier)
-    else:
-        per_logit = 16 + item * (1 + has_earlier) - (4 if item == 4 else 0)
-    return per_logit * rows * shape.vocabulary
+    compiled = item * (2 + has_earlier)
+    plain = 16 + item * (1 + has_earlier) - (4 if item == 4 else 0)
+    return (compiled if job.is_compiled else plain) * rows * shape.vocabulary
 
 
 def loss_forward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
@@ -98,9 +103,9 @@ def loss_forward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
 
 
 def loss_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
-    """The head's gradient in fp32, the same scaled, and that in the model's type (losses/tokens.py, scaled)."""
-    copies = 2 * job.item_bytes * job.pass_tokens * shape.hidden
-    head = 0 if held.frozen_head else (8 + (job.item_bytes if job.item_bytes != 4 else 0)) * _head_elements(shape)
+    """The head's gradient in fp32, scaled in place, and that in the model's type (losses/tokens.py, scaled)."""
+    copies = job.item_bytes * job.pass_tokens * shape.hidden
+    head = 0 if held.frozen_head else (4 + (job.item_bytes if job.item_bytes != 4 else 0)) * _head_elements(shape)
     return {"activations": copies, "loss": head}
 
 
@@ -119,7 +124,7 @@ def working_bytes(shape: ModelShape, job: Job) -> float:
     wide = WORKING_WIDTHS[how.is_compiled, how.trains_weights, how.checkpointing]
     mlp = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
     branches = wide if shape.is_gated else max(1, wide - 2)
-    return job.pass_tokens * item * (branches * mlp + 2 * shape.hidden)
+    return job.pass_tokens * item * (branches * mlp + shape.hidden)
 
 
 # Counted in the allocator's record of real steps: (compiled, all weights learn, checkpointing) -> widths of the MLP.
@@ -183,11 +188,37 @@ def embedding_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     return {"gradients": gradients + extra, "working buffers": job.pass_tokens * (shape.hidden * job.item_bytes + 24)}
 
 
-def update(job: Job, held: Holdings) -> Causes:
-    """The optimiser's step: all gradients, and for fp32 masters a part of them in fp32 (train/optimizer.py)."""
+def update(job: Job, held: Holdings, *, is_first: bool = False) -> Causes:
+    """The optimiser's step: all gradients, and for fp32 masters some of them in fp32 (train/optimizer.py, step).
+
+    Masters are updated in parts of at least `ELEMENTS_PER_UPDATE` elements; in its first step the optimiser makes the
+    states of a part when that part's turn comes.
+    """
     gradients = held.gradient_sums or held.gradients
     if not held.states_from_first_update:
         return {"gradients": gradients}
-    part = min(held.trained, ELEMENTS_PER_UPDATE + held.largest_trained // 2)
-    working = 4 * part + 4 * held.largest_trained * (job.optimizer == "adafactor" or job.item_bytes != 4)
-    return {"gradients": gradients, "working buffers": working}
+    is_cast = job.item_bytes != 4 and not held.gradient_sums
+    made, most = 0.0, (0.0, 0.0)
+    for part in _parts(held.trained_sizes):
+        copies = 0.0
+        for elements in part:
+            # `gradient.float() * scale`: both are there for a moment.
+            building = copies + 4 * elements * (1 + is_cast)
+            most = max(most, (made if is_first else held.states, building), key=sum)
+            copies += 4 * elements
+        made += held.states * sum(part) / held.trained
+        # Adafactor's update of a matrix is a matrix, and so is the square of its gradient.
+        inner = 4 * max(part) * 1.25 if job.optimizer == "adafactor" else 0.0
+        most = max(most, (made if is_first else held.states, copies + inner), key=sum)
+    return {"gradients": gradients, "optimiser states": most[0], "working buffers": most[1]}
+
+
+def _parts(sizes: tuple[int, ...]) -> Iterator[list[int]]:
+    part: list[int] = []
+    for size in sizes:
+        part.append(size)
+        if sum(part) >= ELEMENTS_PER_UPDATE:
+            yield part
+            part = []
+    if part:
+        yield part
