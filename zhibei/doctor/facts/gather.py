@@ -23,7 +23,7 @@ from zhibei.data.steps import num_steps_of, require_steps
 from zhibei.doctor.facts.environment import EnvironmentFacts, read_environment
 from zhibei.doctor.facts.facts import Defect, Facts
 from zhibei.doctor.facts.machine import read_machine
-from zhibei.doctor.facts.model import ModelFacts, read_adapter_facts, read_model, with_row_norms
+from zhibei.doctor.facts.model import AdapterFacts, ModelFacts, read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
 from zhibei.doctor.facts.rows import read_pair_facts, read_row_facts
 from zhibei.doctor.facts.text import TokenizerFacts, num_ids_of, read_template_facts, read_tokenizer_facts
