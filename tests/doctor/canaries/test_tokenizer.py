@@ -36,6 +36,9 @@ QWEN = broken(broken(QWEN, "model.embedding_rows", 151936), "tokenizer.highest_i
 LLAMA3_CHAT = broken(FINE, "tokenizer.declared_ids", {"config.json": {"bos": 1, "eos": [2, 128008, 128009]}})
 LLAMA3_CHAT = broken(broken(LLAMA3_CHAT, "model.embedding_rows", 128256), "tokenizer.highest_id", 128255)
 
+UNUSED = broken(broken(FINE, "tokenizer.highest_id", 32000), "tokenizer.added_tokens", {"[PAD]": 32000})
+PADDED = broken(UNUSED, "tokenizer.ids.pad", 32000)
+
 CANARIES: Canaries = {
     "fast-tokenizer-ignores-add-eos": (
         [broken(FINE, "tokenizer.asks_eos", True), broken(FINE, "tokenizer.adds_eos", True)],
@@ -64,13 +67,21 @@ CANARIES: Canaries = {
     ),
     "token-id-beyond-embedding": (
         [
-            broken(broken(FINE, "tokenizer.highest_id", 32000), "tokenizer.added_tokens", {"[PAD]": 32000}),
+            PADDED,
+            broken(UNUSED, "rows.highest_id", 32000),
+            broken(UNUSED, "rows", None),
             broken(FINE, "model.embedding_rows", 31000),
             broken(FINE, "rows.highest_id", 32007),
             declared("config.json", bos=1, eos=2, pad=32000),
             declared("generation_config.json", eos=[2, 128009]),
         ],
-        [FINE, QWEN, LLAMA3_CHAT, broken(broken(FINE, "tokenizer.highest_id", 40000), "model.embedding_rows", None)],
+        [
+            FINE,
+            QWEN,
+            LLAMA3_CHAT,
+            UNUSED,  # gguf-vocab-model-32000-tok-32001 says so
+            broken(broken(FINE, "tokenizer.highest_id", 40000), "model.embedding_rows", None),
+        ],
     ),
     "tokenizer-of-another-model": (
         [
@@ -113,7 +124,6 @@ def test_one_wrong_id_is_told_by_one_check() -> None:
 
 
 def test_the_tokens_beyond_the_embedding_are_named() -> None:
-    facts = broken(broken(FINE, "tokenizer.highest_id", 32000), "tokenizer.added_tokens", {"[PAD]": 32000})
-    (finding,) = token_id_beyond_embedding(facts)
+    (finding,) = token_id_beyond_embedding(PADDED)
     assert "[PAD]" in finding.what
     assert "32,001 rows" in finding.to_do

@@ -7,6 +7,7 @@ from typing import Any
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
+from zhibei.doctor.pitfalls.tokenizer import uses_ids_beyond
 
 NO_GGUF = "zhibei writes no GGUF file yet, so no run can plan one; the message comes from llama.cpp or its callers."
 
@@ -297,8 +298,8 @@ def gguf_vocab_model_32000_tok_32001(facts: Facts) -> Iterable[Finding]:
     if model is None or tokenizer is None or not model.embedding_rows:
         return
     beyond = {name: number for name, number in tokenizer.added_tokens.items() if number >= model.embedding_rows}
-    if not beyond or tokenizer.num_ids - len(beyond) > model.embedding_rows:
-        return  # nothing is added, or it is another tokenizer altogether, which area tokenizer says
+    if not beyond or uses_ids_beyond(facts):
+        return  # nothing is added, or the run itself would meet these ids, which token-id-beyond-embedding says
     named = ", ".join(f"{name} = {number}" for name, number in sorted(beyond.items(), key=lambda one: one[1])[:4])
     yield Finding(
         what=f"the tokenizer adds {named}, and the embedding has {model.embedding_rows:,} rows (0 to "

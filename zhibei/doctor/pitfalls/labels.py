@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, Level, pitfall
+from zhibei.doctor.pitfalls.template import setting
 
 MOST_CUT_SHARE, STOP_CUT_SHARE = 0.05, 0.20
 MOST_DROPPED_SHARE, STOP_DROPPED_SHARE = 0.02, 0.50
@@ -22,7 +23,7 @@ def examples(facts: Facts, reason: str) -> tuple[str, ...]:
 def data_place(facts: Facts, reason: str) -> str:
     """The first record with this reason, else where the data are named."""
     found = examples(facts, reason)
-    return found[0].rpartition(": ")[0] if found else f"data.sources ({facts.origin('data.sources')})"
+    return found[0].rpartition(": ")[0] if found else setting(facts, "data.sources")
 
 
 @pitfall(
@@ -91,7 +92,7 @@ def cutoff_drops_eos(facts: Facts) -> Iterable[Finding]:
     yield Finding(
         what=f"{cut:,} of {learned:,} answers ({cut / learned:.0%}) are cut at data.max_tokens "
         f"{facts.run.data.max_tokens} and never end",
-        where=facts.origin("data.max_tokens"),
+        where=setting(facts, "data.max_tokens"),
         to_do="raise data.max_tokens, or set data.too_long: drop",
         level=_level(cut / learned, STOP_CUT_SHARE),
         changes={"data.too_long": "drop"},
@@ -134,7 +135,7 @@ def max_length_drop_not_counted(facts: Facts) -> Iterable[Finding]:
     yield Finding(
         what=f"{dropped:,} of {read:,} rows ({dropped / read:.0%}) have more than data.max_tokens "
         f"{facts.run.data.max_tokens} and are left out",
-        where=facts.origin("data.max_tokens"),
+        where=setting(facts, "data.max_tokens"),
         to_do="raise data.max_tokens (the ledger says how long each dropped row is)",
         level=_level(dropped / read, STOP_DROPPED_SHARE),
         evidence=examples(facts, "too_long"),
@@ -182,7 +183,7 @@ def truncation_removes_all_targets(facts: Facts) -> Iterable[Finding]:
         what=f"{lost:,} of {read:,} rows have no learned token within data.max_tokens {facts.run.data.max_tokens} and "
         "are left out",
         where=data_place(facts, "nothing_learned"),
-        to_do=f"raise data.max_tokens ({facts.origin('data.max_tokens')}) above the length of these prompts, "
+        to_do=f"raise data.max_tokens ({setting(facts, 'data.max_tokens')}) above the length of these prompts, "
         "or shorten them",
         level="warning" if lost > 0.01 * read else "note",
         evidence=examples(facts, "nothing_learned"),
@@ -223,7 +224,7 @@ def mask_by_prefix_length_on_non_prefix_template(facts: Facts) -> Iterable[Findi
             what=f"template {template.name} writes earlier turns differently from the last one, and "
             f"data.supervise: {facts.run.data.supervise} learns all of them ({rows.audit['answers']:,} answers in "
             f"{rows.audit['rows_kept']:,} rows)",
-            where=facts.origin("data.supervise"),
+            where=setting(facts, "data.supervise"),
             to_do="set data.supervise: last_answer",
             level="warning",
             changes={"data.supervise": "last_answer"},
@@ -258,7 +259,7 @@ def supervised_share_implausible(facts: Facts) -> Iterable[Finding]:
         return
     yield Finding(
         what=f"{share:.2%} of {audit['tokens']:,} tokens are learned (data.supervise: {facts.run.data.supervise})",
-        where=f"data.sources ({facts.origin('data.sources')})",
+        where=setting(facts, "data.sources"),
         to_do="look at rows with their mask (zhibei data show), and correct data.sources[].columns or data.template",
         level="warning",
     )

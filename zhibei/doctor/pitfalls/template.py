@@ -14,9 +14,15 @@ MOST_MERGED_SHARE = 0.10
 """Alpaca's own template on LLaMA-2 merges 3 rows in 100; on LLaMA-3 it is 42."""
 
 
+def setting(facts: Facts, key: str) -> str:
+    """Where a setting was made: `run.yaml:12`, or its name where no line of a file holds it."""
+    origin = facts.origin(key)
+    return origin if ":" in origin else f"{key} ({origin})"
+
+
 def template_origin(facts: Facts) -> str:
     """Where the template was chosen."""
-    return facts.origin("data.template")
+    return setting(facts, "data.template")
 
 
 @pitfall(
@@ -90,7 +96,7 @@ def infer_prompt_misses_system_block(facts: Facts) -> Iterable[Finding]:
         return
     yield Finding(
         what=f"data.system puts {system[:60]!r} in front of every row without a system prompt",
-        where=facts.origin("data.system"),
+        where=setting(facts, "data.system"),
         to_do="give the same text to every program that talks to this model (zhibei chat RUN --system TEXT)",
         level="note",
     )

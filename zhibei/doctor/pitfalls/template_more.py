@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
-from zhibei.doctor.pitfalls.template import template_origin
+from zhibei.doctor.pitfalls.template import setting, template_origin
 
 STOPPING_SHARE = 0.5
 
@@ -53,7 +53,7 @@ def roles_must_alternate(facts: Facts) -> Iterable[Finding]:
         yield Finding(
             what=f"data.system is set, and template {template.name} refuses system prompts: "
             f"{template.refusals['system/user/assistant']}",
-            where=facts.origin("data.system"),
+            where=setting(facts, "data.system"),
             to_do="remove data.system, or use a template with a place for it",
         )
     refused = rows.audit.get("dropped", {}).get("template", 0) if rows is not None else 0

@@ -33,6 +33,20 @@ def special_differences(tokenizer: TokenizerFacts, manifest: Mapping[str, Any]) 
     ]
 
 
+def uses_ids_beyond(facts: Facts) -> bool:
+    """Whether ids without an embedding row would be met: in rows, as special ids, in the template, or by plain text."""
+    tokenizer, model = facts.tokenizer, facts.model
+    if tokenizer is None or model is None or model.embedding_rows is None:
+        return False
+    rows = model.embedding_rows
+    template = facts.template.special_pieces.values() if facts.template is not None else ()
+    met = [number for number in tokenizer.ids.values() if number is not None]
+    met += [number for ids in template for number in ids]
+    num_added = sum(number >= rows for number in tokenizer.added_tokens.values())
+    is_met = facts.rows is None or facts.rows.highest_id >= rows or max(met, default=0) >= rows
+    return tokenizer.highest_id >= rows and (is_met or tokenizer.highest_id + 1 - num_added > rows)
+
+
 def _source(tokenizer: TokenizerFacts, file: str) -> str:
     return f"{tokenizer.source}/{file}"
 
@@ -295,7 +309,8 @@ def token_id_beyond_embedding(facts: Facts) -> Iterable[Finding]:
         return
     rows = model.embedding_rows
     highest = max(tokenizer.highest_id, facts.rows.highest_id if facts.rows is not None else 0)
-    if highest >= rows:
+    # Added tokens that nothing here would meet: gguf-vocab-model-32000-tok-32001 warns of those.
+    if highest >= rows and (uses_ids_beyond(facts) or tokenizer.highest_id < rows):
         beyond = sorted(token for token, number in tokenizer.added_tokens.items() if number >= rows)
         names = f" ({', '.join(map(repr, beyond[:4]))})" if beyond else ""
         used = facts.rows is not None and facts.rows.highest_id >= rows
