@@ -5,18 +5,17 @@ Runs in worker processes: nothing here may import torch.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 from zhibei.config.errors import UserError
-from zhibei.data.mix import HASH_BYTES, content_hash
+from zhibei.data.chunks import split_text
+from zhibei.data.mix import content_hash
 from zhibei.data.records import STAGE_OF_KIND, Conversation, Origin, PlainText, Record
 from zhibei.data.remarks import Remark, asked_of, joined, last_answer_of, said_hash, suspicions
 from zhibei.text.messages import Message
@@ -193,11 +192,12 @@ def _to_row(number: int, source: int, record: Record, *, wording: Wording, ledge
     try:
         rendered, messages = render_record(record, wording)
     except UserError as error:
-        if wording.on_error == "stop" or not isinstance(record, Conversation):
+        can_drop = isinstance(record, Conversation)
+        if wording.on_error == "stop" or not can_drop:
             raise UserError(
                 error.what,
                 expected=error.expected,
-                fix=error.fix + "; data.on_error: drop leaves such rows out and lists them",
+                fix=error.fix + ("; data.on_error: drop leaves such rows out and lists them" if can_drop else ""),
                 where=error.where or str(record.origin),
                 pitfall=error.pitfall,
             ) from error
@@ -275,7 +275,8 @@ def _keep(
     for place, row in enumerate(rows):
         start, end = int(encoded.borders[place]), int(encoded.borders[place + 1])
         if end - start > wording.max_tokens and row.is_plain:
-            pieces.extend(_split_text(place, row, tokens=encoded.ids[start:end], start=start, limit=wording.max_tokens))
+            chunks = split_text(encoded.ids[start:end], row.id, limit=wording.max_tokens)
+            pieces.extend((place, start + left, start + right, name, digest) for left, right, name, digest in chunks)
             continue
         if end - start > wording.max_tokens:
             entry = _too_long(row, num_tokens=end - start, wording=wording)
@@ -326,19 +327,6 @@ def _keep(
 
 def _hash_of(part: Callable[[Sequence[Message]], Sequence[Message]], row: _Row) -> str:
     return "" if row.is_plain else said_hash(part(row.messages))
-
-
-def _split_text(
-    place: int, row: _Row, *, tokens: np.ndarray, start: int, limit: int
-) -> list[tuple[int, int, int, str, str]]:
-    """A long text in as few chunks as fit, of nearly equal length (a last chunk of one token teaches nothing)."""
-    num_chunks = -(-len(tokens) // limit)
-    edges = np.linspace(0, len(tokens), num_chunks + 1).round().astype(int)
-    pieces = []
-    for number, (left, right) in enumerate(pairwise(edges)):
-        digest = hashlib.blake2b(tokens[left:right].tobytes(), digest_size=HASH_BYTES).hexdigest()
-        pieces.append((place, start + int(left), start + int(right), f"{row.id}:{number}", digest))
-    return pieces
 
 
 def _too_long(row: _Row, *, num_tokens: int, wording: Wording) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from zhibei.data.prepared_cache import (
 )
 from zhibei.data.readers import as_source, read_sources, records_beyond_limits
 from zhibei.data.records import BrokenRecord, Record
-from zhibei.data.remarks import comparisons, same_answer
+from zhibei.data.remarks import comparisons, row_place, same_answer
 from zhibei.data.sources import files_of
 from zhibei.data.workers import Numbered, encode_all, num_workers
 from zhibei.text.messages import Message
@@ -255,7 +255,7 @@ def _with_heldout_file(train: Chunk, held: Chunk, *, source: int) -> tuple[Chunk
     whole.ledger.extend(
         {
             "row": row,
-            "where": row,
+            "where": row_place(row),
             "action": "dropped",
             "reason": "in_validation",
             "detail": "the validation file holds a row that says the same",

@@ -122,7 +122,7 @@ def require_sft(run: RunFile) -> None:
     """Raises UserError for the stages that have no training loop; their run files can be checked and planned."""
     if run.stage != "sft":
         raise UserError(
-            f"stage: {run.stage} is not trained by this version",
+            f"a run of stage {run.stage} cannot be trained by this version",
             expected="stage: sft (supervised fine-tuning, and continued pre-training on plain text)",
             fix=f"`zhibei check` and `zhibei plan` read this run file and say whether its {run.stage} run would work",
             where="stage",

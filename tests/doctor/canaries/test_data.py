@@ -66,12 +66,17 @@ CANARIES: Canaries = {
     ),
     "dataset-all-rows-dropped": (
         [
-            rows(audit=audit(rows_kept=1000, dropped={"too_long": 51000})),
+            rows(audit=audit(rows_kept=1000, dropped={"broken": 51000})),
+            pairs(audit={"rows_kept": 600, "dropped": {"too_long": 400}}),
             rows(audit=audit(rows_kept=48000, dropped={"broken": 2600, "template": 1400})),
             rows(audit=few(54, rows_read=60, dropped={"special_token": 6})),
             pairs(audit={"rows_kept": 900, "dropped": {"prompt_fills_window": 100}}),
         ],
-        [rows(audit=audit(dropped={"too_long": 900})), rows(audit=few(58, rows_read=60, dropped={"too_long": 2}))],
+        [
+            rows(audit=audit(dropped={"broken": 900})),
+            rows(audit=few(58, rows_read=60, dropped={"too_long": 2})),
+            rows(audit=audit(rows_kept=1000, dropped={"template": 51000})),  # roles-must-alternate says so
+        ],
     ),
     "dataset-whole-dialogue-in-instruction": (
         [rows(suspicious={"role_markers": seen(9000)}), rows(suspicious={"role_markers": seen(4)}, audit=few(40))],
