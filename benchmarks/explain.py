@@ -2,10 +2,11 @@
 
     python benchmarks/explain.py --symptoms pitfalls.jsonl
 
-Each record of the file has an `id` and a `symptom`: the message or description of one pitfall. A symptom is `found` when
-its own pitfall is named as the cause, `among` when it is among the further candidates, `wrong` when another one is named
-and its own is not among the candidates, `unknown` when nothing is named. Many symptoms quote no message ("No error:
-..."), and those can only be unknown; `with_message` counts the others, those that hold a quoted error or warning.
+Each record of the file has an `id` and a `symptom`: the message or description of one pitfall. A symptom is `found`
+when its own pitfall is named as the cause, `family` when a general family of messages is named (out of memory, a
+missing file), `among` when it is among the further candidates or the pages that sound like it, `wrong` when another
+pitfall is named, `unknown` when nothing is named. Many symptoms quote no message ("No error: ...");
+`with_message` counts those that hold a quoted error or warning.
 Writes benchmarks/results/explain.json.
 """
 
@@ -26,24 +27,29 @@ from typing import Any
 from zhibei.doctor.explain import explain_stream
 from zhibei.doctor.pitfall import Pitfall
 from zhibei.doctor.pitfalls import load_catalogue
+from zhibei.doctor.verdict import GENERAL_AREA
 
 RESULT = Path(__file__).parent / "results" / "explain.json"
 MESSAGE = re.compile(
-    r"(?:Error|Exception|Warning|WARNING|ERROR|WARN)\b|exits? with|exitcode|return code|assert|Killed|OVERFLOW|out of memory"
-    r"|grad_norm nan|mismatch|not found|failed|Unsloth:|CUDA SETUP|no longer allowed"
+    r"(?:Error|Exception|Warning|WARNING|ERROR|WARN)\b|exits? with|exitcode|return code|assert|Killed|OVERFLOW"
+    r"|out of memory|grad_norm nan|mismatch|not found|failed|Unsloth:|CUDA SETUP|no longer allowed"
 )
+VERDICTS = ("found", "family", "among", "wrong", "unknown")
 SPEED_BYTES = 64 * 2**20
 
 
 def verdict_of(name: str, symptom: str, catalogue: Mapping[str, Pitfall]) -> tuple[str, str]:
-    """(found, among, wrong or unknown; what was named)."""
+    """(found, family, among, wrong or unknown; what was named)."""
     explanation = explain_stream(io.BytesIO(symptom.encode()), name, catalogue)
     named = explanation.cause.pitfall.id if explanation.cause else ""
     others = [one.pitfall.id for one in (*explanation.others, *explanation.harmless)]
+    others += [one.id for one, _ in explanation.resembling]
     if named == name or (explanation.harmless and not named and name in others):
         return "found", name
     if name in others:
         return "among", named
+    if explanation.cause and explanation.cause.pitfall.area == GENERAL_AREA:
+        return "family", named
     return ("wrong" if named else "unknown"), named
 
 
@@ -54,7 +60,10 @@ def rates(symptoms: Iterable[Mapping[str, Any]], catalogue: Mapping[str, Pitfall
 
     def shares(part: list[tuple[str, str, str, str]]) -> dict[str, float]:
         counts = Counter(row[2] for row in part)
-        return {name: round(counts[name] / max(1, len(part)), 4) for name in ("found", "among", "wrong", "unknown")}
+        return {
+            name: round(counts[name] / max(1, len(part)), 4)
+            for name in ("found", "family", "among", "wrong", "unknown")
+        }
 
     return {
         "symptoms": len(rows),

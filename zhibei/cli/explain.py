@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zhibei.doctor.pitfall import Page, Pitfall
     from zhibei.doctor.verdict import Candidate, Evidence, Explanation
 
-Language = Literal["auto", "en", "zh"]
+Language = Literal["en", "zh", ""]
 SHOWN_CHARACTERS = 300
 WORDS = {
     "en": {
@@ -28,6 +28,7 @@ WORDS = {
         "unknown_to_do": "read upwards from the first of these lines; search for its words without paths and numbers",
         "nothing": "nothing known found: no error, and no figures that point to a pitfall",
         "besides": "errors in it that are not known:",
+        "resembling": "pages that sound like this description (a guess; zhibei pitfalls ID):",
     },
     "zh": {
         "cause": "为何：", "fix": "办法：", "page": "详情：", "line": "第", "others": "也可能是：",
@@ -36,12 +37,13 @@ WORDS = {
         "unknown_to_do": "从下面第一处错误往上读；去掉路径和数字后再搜索它的文字",
         "nothing": "没有发现已知问题（nothing known found）：没有错误，数值也没有异常",
         "besides": "其中尚不认识的错误：",
+        "resembling": "与这段描述相近的页面（只是猜测；zhibei pitfalls ID）：",
     },
 }  # fmt: skip
 
 
 def explain(
-    *files: Annotated[Path, Parameter(allow_leading_hyphen=True)], lang: Language = "auto", json: bool = False
+    *files: Annotated[Path, Parameter(allow_leading_hyphen=True)], lang: Language = "", json: bool = False
 ) -> int:
     """Name the pitfall behind a log or traceback of zhibei or of any other program, with evidence, cause and remedy.
 
@@ -68,7 +70,7 @@ def explain(
     files
         Logs or saved tracebacks, or - for standard input.
     lang
-        Language of the explanation; auto follows LANG.
+        en or zh; by default Chinese where LANG says so.
     json
         Print one JSON document instead.
     """
@@ -97,7 +99,7 @@ def explain(
 
 def language_of(lang: Language) -> str:
     """The language asked for, or that of the terminal."""
-    if lang != "auto":
+    if lang:
         return lang
     setting = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG") or ""
     return "zh" if setting.lower().startswith("zh") else "en"
@@ -126,6 +128,10 @@ def lines_of(explanation: Explanation, language: str) -> Iterator[Text]:
         yield Text(f"  {words['besides']}", style="dim")
         yield from _lines_of_evidence(explanation.unknown, language, indent="    ")
     yield from _lines_of_others(explanation.others, words["others"], language)
+    if explanation.resembling:
+        yield Text(f"  {words['resembling']}", style="dim")
+    for pitfall, _ in explanation.resembling:
+        yield Text(f"    {pitfall.id}", style="bold").append(f"  {page_of(pitfall, language).title}", style="not bold")
     yield from _lines_of_others(explanation.harmless, words["harmless"], language)
 
 
@@ -192,6 +198,7 @@ def _log_as_dict(explanation: Explanation, language: str) -> dict[str, Any]:
         "harmless": [_candidate_as_dict(one, language) for one in explanation.harmless],
         "unknown": [one.as_dict() for one in explanation.unknown],
         "own": [one.as_dict() for one in explanation.own],
+        "resembling": [{"pitfall": one.id, "score": score} for one, score in explanation.resembling],
         "lines": explanation.num_lines,
         "bytes": explanation.num_bytes,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -17,11 +17,13 @@ from zhibei.doctor.error_patterns import ErrorPattern, PatternIndex, same_quotes
 from zhibei.doctor.log_figures import FigureWatch, record_of
 from zhibei.doctor.log_lines import LOOK_AHEAD, Piece, open_log, owner_of, read_pieces, shown, without_owner
 from zhibei.doctor.pitfall import Pitfall
+from zhibei.doctor.resemblance import resembling
 from zhibei.doctor.verdict import Candidate, Evidence, Explanation, Force, OwnMessage, judge
 
 HITS_PER_PIECE = 1000
 """So many places of one literal are tried per piece of two megabytes."""
 EVIDENCE_KEPT = 20
+NAME_WEIGHT = 1000
 RECORDS_READ = 5000
 """After so many metric records, those that differ from earlier ones only in digits are read one in sixteen."""
 
@@ -38,26 +40,24 @@ TROUBLE = re.compile(
 EXIT_CODE = re.compile(
     r"exit ?code|return code|signal \d+|\bSIG[A-Z]{3,5}\b|core dumped|^Killed|: Killed", re.IGNORECASE
 )
+NAMED_BY_US = re.compile(r"zhibei pitfalls ([a-z][a-z0-9-]+)|'pitfall': ?'([a-z][a-z0-9-]+)'")
+HEADING = re.compile(r"^(STOP|WARNING|NOTE) ([a-z0-9-]+)")
+"""How `zhibei check` heads a finding."""
 FRAME = re.compile(r"^(?:│ )?File ['\"].*['\"], line \d+")
 INFORMATION = re.compile(r"\b(?:INFO|DEBUG)\b")
 
 MARKS = (
-    b"error",
-    b"exception",
-    b"stopiteration",
-    b"interrupt",
-    b"timeout",
-    b"to do:",
-    b"resum",
-    b"core dumped",
-    b"killed",
-)
+    b"error", b"exception", b"stopiteration", b"interrupt", b"timeout", b"to do:", b"core dumped", b"killed",
+    b"pitfall",
+)  # fmt: skip
 """What may announce an exception, a message of ours, or a resumed run."""
 
 
 @dataclass(slots=True)
 class _Found:
-    """What one pass over a log gathered."""
+    """What one pass over a log gathered. `names` are those of all pitfalls."""
+
+    names: frozenset[str]
 
     evidence: dict[str, list[Evidence]] = field(default_factory=dict)
     errors: list[Evidence] = field(default_factory=list)
@@ -77,13 +77,15 @@ def explain_file(path: Path, catalogue: Mapping[str, Pitfall]) -> Explanation:
 def explain_stream(stream: BinaryIO, name: str, catalogue: Mapping[str, Pitfall]) -> Explanation:
     """The same for standard input or any open binary file, read once from where it stands."""
     index = PatternIndex({one.id: one.errors for one in catalogue.values()})
-    found = _Found()
+    found = _Found(frozenset(catalogue))
+    opening = b""
     for piece in read_pieces(stream, name):
         _read_figures(piece, found)
         _search(piece, index, found)
         found.num_lines = piece.numbers[-1] if piece.numbers else found.num_lines
         found.num_bytes += sum(map(len, piece.lines[piece.start : piece.stop])) + piece.stop - piece.start
-    return judge(
+        opening = opening or b"\n".join(piece.lines[:20])[:4000]
+    explanation = judge(
         name,
         catalogue,
         evidence=found.evidence,
@@ -92,6 +94,10 @@ def explain_stream(stream: BinaryIO, name: str, catalogue: Mapping[str, Pitfall]
         signatures=tuple(found.figures.signatures()),
         size=(found.num_lines, found.num_bytes),
     )
+    if explanation.cause or explanation.own or found.records_seen:
+        return explanation
+    description = opening.decode("utf-8", "replace") if found.num_bytes < len(opening) + 20 else ""
+    return replace(explanation, resembling=tuple(resembling(description, catalogue)))
 
 
 def _read_figures(piece: Piece, found: _Found) -> None:
@@ -227,10 +233,26 @@ def _note_error(piece: Piece, line: int, texts: dict[int, str], found: _Found) -
         if expected.startswith("expected:"):
             what, wanted, fix = _text(piece, line - 2, texts), expected[9:].strip(), text[6:].strip()
             found.own.append(OwnMessage(piece.numbers[line - 2], what, wanted, fix))
+    for said in NAMED_BY_US.finditer(text):
+        if (name := said.group(1) or said.group(2)) in found.names:
+            _note_name(piece, line, name, texts, found)
     kind: Literal["error", "exit"] = "error" if EXCEPTION.search(text) else "exit"
     crashed = re.search(r"core dumped|segmentation fault|^killed\b|: killed\b", text, re.IGNORECASE)
     if (kind == "error" or crashed) and not WARNING.search(text) and len(found.errors) < 200:
         found.errors.append(Evidence(piece.numbers[line], text[:600], kind))
+
+
+def _note_name(piece: Piece, line: int, name: str, texts: dict[int, str], found: _Found) -> None:
+    """A finding of ours names its pitfall; its heading says how bad it is."""
+    is_error = True
+    for before in range(line, max(-1, line - 30), -1):
+        heading = HEADING.match(_text(piece, before, texts))
+        if heading and heading.group(2) == name:
+            line, is_error = before, heading.group(1) == "STOP"
+            break
+    text = _original(piece, line)[:600]
+    evidence = Evidence(piece.numbers[line], text, "error" if is_error else "warning", NAME_WEIGHT)
+    found.evidence.setdefault(name, []).insert(0, evidence)
 
 
 __all__ = ["Candidate", "Explanation", "explain_file", "explain_stream", "force_of"]

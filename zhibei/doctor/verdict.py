@@ -25,7 +25,7 @@ HARMLESS = frozenset({"ignorable-missing-inv-freq", "notice-without-harm"})
 HINTS = frozenset({
     "tokenizers-fork-deadlock", "rollout-sampling-params-from-generation-config", "server-context-divided-by-slots",
     "legacy-flag-changes-between-versions", "torch-compile-recompiles", "tracker-login-prompt",
-    "accelerate-default-config-surprise",
+    "accelerate-default-config-surprise", "rl-train-inference-logprob-gap",
 })  # fmt: skip
 """Pitfalls whose messages sound runs print too: named as possible, never as what went wrong."""
 RELATED = {
@@ -92,6 +92,8 @@ class Explanation:
     harmless: tuple[Candidate, ...] = ()
     unknown: tuple[Evidence, ...] = ()
     own: tuple[OwnMessage, ...] = ()
+    resembling: tuple[tuple[Pitfall, float], ...] = ()
+    """Pages that sound like a short description, with how much they do; a guess, only where nothing is named."""
     num_lines: int = 0
     num_bytes: int = 0
 

@@ -46,7 +46,7 @@ def model_type_unknown() -> None:
     kind="explained",
     because=BECAUSE,
     errors=[
-        r"trust_remote_code ?= ?True",
+        r"(?:set|pass|setting|passing|option|argument)\b.{0,60}trust_remote_code",
         r"contains custom code which must be executed",
         r"requires you to execute the \w+ file in that repo",
         r"Do you wish to run the custom code",

@@ -266,3 +266,34 @@ def rows_not_padded() -> None:
 
     办法：使用也填充标签（-100）的整理函数，并先去掉文本列。
     """
+
+
+@pitfall(
+    "messages",
+    cost="run",
+    kind="explained",
+    because=BECAUSE,
+    errors=[
+        r"\b(?:train(?:ing)? )?loss (?:is|became|went|goes|turned) (?:to )?(?:nan|inf\w*)\b",
+        r"\b(?:nan|inf|non-?finite|infinite) (?:or inf )?(?:loss|grad(?:ient)?s?(?: norm)?)\b"
+        r".{0,60}(?:detected|found|encountered|stop|abort|skip|at step)",
+        r"(?:detected|found|encountered) (?:a )?(?:nan|inf|non-?finite|infinite)\b.{0,40}(?:loss|grad)",
+    ],
+)
+def loss_not_finite() -> None:
+    """The loss or its gradient is no longer a number.
+
+    Why: A rate too high, fp16 beyond its range, a batch in which nothing is learned (a mean over no tokens), or
+    damaged weights. Once weights are NaN, every later step and checkpoint is worthless.
+
+    Fix: Go back to the last checkpoint with a finite loss. Then try, in this order: bf16 or fp32 instead of fp16, rows
+    without any learned token (`zhibei check` lists them), a tenth of the rate with warm-up and clipping.
+
+    损失或梯度不再是数。
+
+    为何：学习率太高、fp16 溢出、某个批次里没有要学的词元（对空集求平均），或权重已损坏。
+    一旦权重变成 NaN，之后的每一步和检查点都没有价值。
+
+    办法：退回损失正常的最后一个检查点。然后依次尝试：用 bf16 或 fp32 代替 fp16；
+    检查没有学习词元的样本（`zhibei check` 会列出）；学习率降到十分之一并加预热和梯度裁剪。
+    """
