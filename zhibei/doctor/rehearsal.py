@@ -43,7 +43,7 @@ from zhibei.doctor.readback import generated, reload, resumed
 from zhibei.store.files import write_json_atomic
 from zhibei.text.messages import Message
 from zhibei.train.beginning import require_writable, run_dir_of
-from zhibei.train.finish import probe_row, write_tokenizer
+from zhibei.train.finish import probe_row, write_model
 from zhibei.train.materials import Materials, gather
 
 PROBE_TEXT = "Name 3 colours: red, 绿色, naïve-blue 🙂."
@@ -242,7 +242,6 @@ def save(scene: Scene, folder: Path) -> Seen:
     """A checkpoint and the finished model as a run writes them; and what the new process is to compare with."""
     import torch
 
-    from zhibei.model.save import write_weights
     from zhibei.store.folders import whole_folder
     from zhibei.train.resume import Progress
     from zhibei.train.resume import save as save_state
@@ -252,8 +251,7 @@ def save(scene: Scene, folder: Path) -> Seen:
     state = Progress(run_id="rehearsal", key=materials.rows.key, step=2)
     checkpoint = save_state(folder / "checkpoints", materials.stepper, state)
     with whole_folder(folder / "model", purpose="the model of the rehearsal") as place:
-        write_weights(model, place)
-        write_tokenizer(materials, place)
+        write_model(materials, place)
     expected = sum(p.nbytes for p in model.trainable().values())
     written = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors"))
     exported = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))

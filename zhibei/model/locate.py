@@ -62,6 +62,14 @@ def locate(path: str, *, base: str | None = None) -> Located:
             )
         folder = run.model
     if (folder / "adapter_config.json").is_file():
+        if list(folder.glob("model*.safetensors")):
+            raise UserError(
+                f"{folder} holds an adapter (adapter_config.json) and whole weights (model*.safetensors)",
+                expected="one of them",
+                fix="move one into a folder of its own: the adapter with its adapter_model.safetensors, or the weights "
+                "with config.json",
+                where="model.path",
+            )
         return Located(_base_of(folder, base), adapter=folder, run=run)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -104,7 +112,21 @@ def _near(folder: Path) -> str | None:
     return str(parent / found[0]) if found else None
 
 
+TRAINING_STATES: dict[str, str] = {
+    "*.distcp": "these are shards of one model; gather them first: accelerate merge-weights SHARDS OUTPUT",
+    "*/*.distcp": "these are shards of one model; gather them first: accelerate merge-weights SHARDS OUTPUT",
+    "zero_to_fp32.py": "this is a DeepSpeed checkpoint; gather it first: python zero_to_fp32.py . OUTPUT",
+    "global_step*": "this is a DeepSpeed checkpoint; gather it first with its zero_to_fp32.py",
+    "files.json": "this is a checkpoint inside a run of zhibei: finish the run (zhibei resume RUN) and use the run",
+    "optimizer.pt": "this is a training state without a model; use the folder that the model was saved into",
+}
+"""What training leaves that is no model, and how to make one of it."""
+
+
 def _nested_hint(folder: Path) -> str:
+    for pattern, hint in TRAINING_STATES.items():
+        if any(folder.glob(pattern)):
+            return hint
     nested = sorted(path.parent for path in folder.glob("*/config.json"))
     if nested:
         return f"write {nested[-1]}"

@@ -47,10 +47,7 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         load_weights(materials.model, groups["model"], where=best)
         chosen = progress.best_step or chosen
     with whole_folder(run_dir.model, purpose="the finished model") as folder:
-        write_weights(materials.model, folder)
-        write_tokenizer(materials, folder)
-        write_stop_ids(materials, folder)
-        sync_files(folder)
+        write_model(materials, folder)
     proofs = prove(materials, run_dir.model)
     write_json_atomic(run_dir.proofs, [asdict(proof) for proof in proofs])
     failed = [proof for proof in proofs if not proof.passed]
@@ -77,6 +74,14 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         f"{run_dir.model} holds step {chosen}" + (" (best held-out loss)" if chosen != progress.step else ""),
         model_step=chosen,
     )
+
+
+def write_model(materials: Materials, folder: Path) -> None:
+    """The folder a run leaves: weights, tokenizer with its template, where answers end; all of it on the disk."""
+    write_weights(materials.model, folder)
+    write_tokenizer(materials, folder)
+    write_stop_ids(materials, folder)
+    sync_files(folder)
 
 
 def write_tokenizer(materials: Materials, folder: Path) -> None:

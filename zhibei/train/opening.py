@@ -10,6 +10,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.resolve import write_resolved
+from zhibei.config.run import RunFile
 from zhibei.data.prepare import source_files
 from zhibei.data.preview import preview_rows
 from zhibei.model.locate import Located, locate
@@ -17,10 +18,23 @@ from zhibei.store.checkpoint import check_checkpoint, newest_sound
 from zhibei.store.files import write_json_atomic, write_text_atomic
 from zhibei.store.folders import clean_left_overs
 from zhibei.store.ledger import write_ledger
-from zhibei.store.manifest import model_fingerprint, new_manifest, require_manifest, template_entry, write_manifest
+from zhibei.store.manifest import (
+    model_fingerprint,
+    new_manifest,
+    read_manifest,
+    recorded,
+    require_manifest,
+    template_entry,
+    write_manifest,
+)  # fmt: skip
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
 from zhibei.train.resume import Progress, restore
+
+MAY_CHANGE = (
+    "micro_batch_tokens", "evaluate_every", "evaluate_rows", "early_stop_patience", "save_every", "keep_checkpoints",
+    "keep_best", "sample_prompts", "sample_tokens",
+)  # fmt: skip
 
 
 def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any]) -> Progress:
@@ -51,10 +65,26 @@ def describe(materials: Materials) -> dict[str, Any]:
         "seed": run.seed,
         "method": run.model.method,
         "precision": materials.precision,
+        "settings": settings_of(run),
         "parent_run": str(found.run.path.resolve()) if found.run is not None else None,
     }
     name = torch.cuda.get_device_name(materials.device) if materials.device.type == "cuda" else "cpu"
     return new_manifest(described, device_name=name)
+
+
+def settings_of(run: RunFile) -> dict[str, dict[str, Any]]:
+    """What the run file says that decides what is learned, by section; a resumed run must still say it.
+
+    How a step is computed (passes, recomputation, compilation) and when it is looked at or saved may change.
+    """
+    sections = {"model": ("quantize", "rope_scaling_factor"), "data": ("shuffle", "group_by_length")}
+    chosen = {
+        section: {name: getattr(getattr(run, section), name) for name in names} for section, names in sections.items()
+    }
+    if run.model.method != "full":
+        chosen["lora"] = run.lora.model_dump(mode="json")
+    training = run.training.model_dump(mode="json")
+    return {**chosen, run.stage: {name: value for name, value in training.items() if name not in MAY_CHANGE}}
 
 
 def base_entry(found: Located) -> dict[str, Any]:
@@ -77,6 +107,12 @@ def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[st
     expected = {name: now[name] for name in same}
     expected |= {"base.fingerprint": now["base"]["fingerprint"], "tokenizer.sha256": now["tokenizer"]["sha256"]}
     expected |= {"template.sha256": now["template"]["sha256"]}
+    if recorded(read_manifest(run_dir.path), "settings") is not None:
+        expected |= {
+            f"settings.{section}.{name}": value
+            for section, values in now["settings"].items()
+            for name, value in values.items()
+        }
     manifest = require_manifest(run_dir.path, expected)
     left_over = [str(note) for note in clean_left_overs(run_dir.path)]
     found = newest_sound(run_dir.checkpoints)
