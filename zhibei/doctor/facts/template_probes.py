@@ -14,7 +14,6 @@ from zhibei.text.tokenizer import Tokenizer
 
 SYSTEM, ASK, REPLY = Message("system", "Be kind."), Message("user", "Say hello."), Message("assistant", "Hello there.")
 AGAIN, LAST = Message("user", "Once more."), Message("assistant", "Hello again.")
-THOUGHT = replace(REPLY, content="<think>\nThey want a greeting.\n</think>\n\nHello there.")
 SEQUENCES: tuple[tuple[Role, ...], ...] = (
     ("user", "assistant"),
     ("user", "assistant", "user", "assistant"),
@@ -31,7 +30,7 @@ MARK = re.compile(
 )
 SPLIT_BY_DESIGN = re.compile(r"<<?/?SYS>>?|\[/?[A-Z_]+\]")
 """LLaMA-2 and early Mistral spell these in several pieces, and were trained so."""
-THINKING = re.compile(r"\benable_thinking\b")
+THINKING = re.compile(r"\benable_thinking\b|<think>")
 MODES: dict[str, Mapping[str, bool]] = {
     "default": {},
     "enable_thinking=true": {"enable_thinking": True},
@@ -123,23 +122,31 @@ def _at_difference(mine: str, other: str, *, around: int = 24) -> str:
 
 
 def rewrites_earlier_turns(template: Template) -> bool:
-    """Whether a turn is written differently once later turns follow it (thoughts cut off, system prompts moved)."""
-    source = template.as_jinja()
-    for reply in (REPLY, THOUGHT) if "think" in source.lower() else (REPLY,):
-        short = text_of(template, [ASK, reply], answer_next=False)
-        long = text_of(template, [ASK, reply, AGAIN, LAST], answer_next=False)
-        if short is not None and long is not None and not long.startswith(short.rstrip()):
-            return True
-    return False
+    """Whether an answer and its end are written differently once later turns follow (an opened thought, another end).
+
+    Thoughts that are cut off earlier answers do not count: rows without thoughts are not changed by that.
+    """
+    short, long = text_of(template, [ASK, REPLY]), text_of(template, [ASK, REPLY, AGAIN, LAST])
+    if short is None or long is None or REPLY.content not in short:
+        return False
+    end = short.rindex(REPLY.content) + len(REPLY.content) + len(template.terminator.rstrip())
+    return not long.startswith(short[:end])
+
+
+def knows_thinking(template: Template) -> bool:
+    """Whether the template opens or closes thoughts."""
+    return isinstance(template, JinjaTemplate) and bool(THINKING.search(template.source))
 
 
 def thinking_modes(template: Template) -> tuple[str, ...]:
-    """Modes of a template with `enable_thinking` whose prompt is how training rows begin; () for other templates."""
-    if not isinstance(template, JinjaTemplate) or not THINKING.search(template.source):
+    """Modes of a template with thoughts whose prompt is how training rows begin; () for other templates."""
+    if not isinstance(template, JinjaTemplate) or not knows_thinking(template):
         return ()
     whole = text_of(template, [ASK, REPLY])
     found = []
     for mode, variables in MODES.items():
+        if variables and "enable_thinking" not in template.source:
+            continue
         # The mode is the server's choice; training rows are always rendered with the run's own template.
         prompt = text_of(replace(template, variables={**template.variables, **variables}), [ASK], answer_next=True)
         if whole is not None and prompt is not None and whole.startswith(prompt):
@@ -148,8 +155,9 @@ def thinking_modes(template: Template) -> tuple[str, ...]:
 
 
 def doubled_end(whole: Probe, *, terminator: str, eos: str) -> str:
-    """An EOS that follows a turn's terminator, where the terminator is another token; "" when there is none."""
+    """An EOS between a turn's terminator and the next turn, where the terminator is another token; else ""."""
     if not terminator.strip() or terminator.strip().endswith(eos):
         return ""
-    found = re.search(re.escape(terminator.strip()) + r"\s*" + re.escape(eos), whole.text)
+    # At the very end some families close the whole conversation with EOS (Phi-3).
+    found = re.search(re.escape(terminator.strip()) + r"\s*" + re.escape(eos) + r"(?=\s*\S)", whole.text)
     return found[0] if found else ""

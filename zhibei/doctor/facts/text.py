@@ -95,7 +95,7 @@ class TemplateFacts:
     names_a_date: bool = False
     is_the_tokenizers_own: bool = False
     knows_thinking: bool = False
-    """The template reads `enable_thinking`."""
+    """The template opens or closes thoughts."""
     split_marks: tuple[str, ...] = ()
     """Control strings that this tokenizer reads as several pieces, though their family has one token for each."""
     foreign_marks: tuple[str, ...] = ()
@@ -290,7 +290,7 @@ def read_template_facts(template: Template, tokenizer: Tokenizer) -> TemplateFac
         thinking_modes=probes.thinking_modes(template),
         names_a_date=bool(getattr(template, "names_a_date", False)),
         is_the_tokenizers_own=is_own,
-        knows_thinking=is_own and bool(probes.THINKING.search(template.as_jinja())),
+        knows_thinking=probes.knows_thinking(template),
         split_marks=tuple(mark for mark in marks if _is_split(mark, tokenizer)),
         foreign_marks=() if own_marks is None else tuple(mark for mark in marks if mark not in own_marks),
         doubled_end=probes.doubled_end(whole, terminator=terminator, eos=tokenizer.eos),
