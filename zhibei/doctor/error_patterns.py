@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -47,9 +48,8 @@ class PatternIndex:
                 self._add(owner, regex)
 
     def _add(self, owner: str, regex: re.Pattern[str]) -> None:
-        source = same_quotes(regex.pattern)
-        pattern = ErrorPattern(owner, re.compile(source, regex.flags), SPANS_LINES.search(source) is not None)
-        literals = required_literals(source)
+        prepared, literals = _prepared(regex)
+        pattern = ErrorPattern(owner, prepared, SPANS_LINES.search(prepared.pattern) is not None)
         for literal in map(str.encode, literals):
             if literal not in self.by_literal:
                 self._awaited.setdefault(max(literal.split(), key=len), []).append(literal)
@@ -73,11 +73,17 @@ class PatternIndex:
         return [(literal, self.by_literal[literal]) for literal in self._met]
 
 
+@cache
+def _prepared(regex: re.Pattern[str]) -> tuple[re.Pattern[str], tuple[str, ...]]:
+    source = same_quotes(regex.pattern)
+    return re.compile(source, regex.flags), required_literals(source)
+
+
 def required_literals(source: str) -> tuple[str, ...]:
     """Lower-case texts of which at least one stands in whatever the regular expression matches; () if none is known.
 
     >>> required_literals(r"CUDA (error|exception): out of memory")
-    ('out of memory',)
+    (': out of memory',)
     >>> required_literals(r"return code = -9|exitcode\\s*: -9")
     ('return code = -9', 'exitcode')
     """
