@@ -104,7 +104,7 @@ def setting_far_from_published(facts: Facts) -> Iterable[Finding]:
             continue
         if not low <= value <= high:
             yield _unusual(facts, key, value, usual)
-    if training.beta2 < training.beta1 and is_chosen(facts, f"{stage}.beta2"):
+    if PUBLISHED["beta2"][0] <= training.beta2 < training.beta1 and is_chosen(facts, f"{stage}.beta2"):
         yield _unusual(facts, f"{stage}.beta2", training.beta2, f"above beta1, which is {training.beta1:g}")
     if facts.run.model.method != "full" and facts.run.lora.dropout > 0.5:
         yield _unusual(facts, "lora.dropout", facts.run.lora.dropout, "0 to 0.1")
