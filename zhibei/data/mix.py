@@ -83,5 +83,6 @@ def split_heldout(hashes: Sequence[str], validation: float | int) -> np.ndarray:
             f"data.validation: {validation} holds out all {len(hashes)} rows",
             expected="fewer held-out rows than rows",
             fix="lower data.validation, or give more data",
+            where="data.validation",
         )
     return is_heldout_R
