@@ -56,7 +56,7 @@ def dpo_bos_in_completion(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "preference",
     cost="run",
-    errors=[r"chosen and rejected .{0,40}(?:identical|equal|the same)"],
+    errors=[r"chosen and rejected .{0,40}(?:identical|equal|the same)", r"\bchosen == rejected\b"],
     sources=["https://github.com/camel-ai/owl/issues/592", "https://github.com/OpenRLHF/OpenRLHF/issues/1311"],
 )
 def dpo_data_identical_pairs(facts: Facts) -> Iterable[Finding]:
@@ -99,6 +99,7 @@ def dpo_data_identical_pairs(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "preference",
     cost="run",
+    errors=[r"(?:chosen|rejected).{0,80}(<\|(?:im_end|eot_id|end)\|>|</s>)\s*\1"],
     sources=[
         "https://github.com/huggingface/trl/issues/4481",
         "https://github.com/huggingface/trl/pull/4908",
