@@ -8,7 +8,7 @@ Layouts: IEEE 754 for F16, F32 and F64; BF16 is the upper half of F32; F8 as in 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ BLOCK_BYTES = 2**20
 SAMPLES_PER_TENSOR = 5
 SAMPLE_BYTES = 64 * 2**10
 DEFAULT_SECONDS = 1.0
-DEFAULT_BYTES = 2**30
+DEFAULT_BYTES = 2**34
 CACHE_NAME = Path("doctor") / "weight-scans.json"
 CACHED_FILES = 200
 
@@ -91,12 +91,12 @@ def scan_weights(
         if remembered is not None:
             largest[tensor.name], seen_bytes = remembered, seen_bytes + tensor.num_bytes
             continue
-        is_whole = read_bytes + tensor.num_bytes <= max_bytes and time.monotonic() < end
-        value, num_bytes = _largest(tensor, is_whole=is_whole)
+        until = end if read_bytes + tensor.num_bytes <= max_bytes else 0.0
+        value, num_bytes, is_whole = _largest(tensor, until=until)
         largest[tensor.name] = value
         read_bytes += num_bytes
         seen_bytes += num_bytes
-        if num_bytes == tensor.num_bytes:
+        if is_whole:
             known.note(tensor, value)
     known.keep()
     total = sum(tensor.num_bytes for tensor in tensors)
@@ -129,33 +129,34 @@ def bits_of(path: Path, entry: TensorEntry, *, data_start: int) -> np.ndarray:
     return np.frombuffer(raw.tobytes(), dtype=view)
 
 
-def _largest(tensor: _Tensor, *, is_whole: bool) -> tuple[float, int]:
-    """(largest absolute value or NaN, bytes read)."""
+def _largest(tensor: _Tensor, *, until: float) -> tuple[float, int, bool]:
+    """(largest absolute value or NaN, bytes read, was it read whole): block by block until the clock, then samples."""
     view, mask, limit = LAYOUTS[tensor.entry.dtype]
+    bits = bits_of(tensor.path, tensor.entry, data_start=tensor.data_start)
     item_bytes = np.dtype(view).itemsize
-    begin = tensor.data_start + tensor.entry.start
-    top = 0
-    count = 0
-    # Read, not mapped: on virtual machines the faults of a mapping cost twenty times what the same reads do.
-    with open(tensor.path, "rb", buffering=0) as file:
-        for start, stop in _blocks(tensor.num_bytes // item_bytes, item_bytes=item_bytes, is_whole=is_whole):
-            file.seek(begin + start * item_bytes)
-            bits = np.frombuffer(file.read((stop - start) * item_bytes), dtype=view)
-            top = max(top, int((bits & view(mask)).max(initial=0)))
-            count += stop - start
-            if top >= limit:
-                return float("nan"), count * item_bytes
-    return as_float(top, tensor.entry.dtype), count * item_bytes
+    top = count = reached = 0
+    for start, stop in _blocks(len(bits), item_bytes=item_bytes, until=until):
+        top = max(top, int((bits[start:stop] & view(mask)).max()))
+        count += max(0, stop - max(start, reached))
+        reached = max(reached, stop)
+        if top >= limit:
+            return float("nan"), count * item_bytes, False
+    return as_float(top, tensor.entry.dtype), count * item_bytes, count == len(bits)
 
 
-def _blocks(count: int, *, item_bytes: int, is_whole: bool) -> list[tuple[int, int]]:
-    sample = SAMPLE_BYTES // item_bytes
-    if is_whole or count <= SAMPLES_PER_TENSOR * sample:
-        size = BLOCK_BYTES // item_bytes
-        return [(start, min(start + size, count)) for start in range(0, count, size)]
+def _blocks(count: int, *, item_bytes: int, until: float) -> Iterator[tuple[int, int]]:
+    sample, size = SAMPLE_BYTES // item_bytes, BLOCK_BYTES // item_bytes
+    is_small = count <= SAMPLES_PER_TENSOR * sample
+    for start in range(0, count, size):
+        if not is_small and time.monotonic() >= until:
+            break
+        yield start, min(start + size, count)
+    else:
+        return
     last = count - sample
-    starts = [last * number // (SAMPLES_PER_TENSOR - 1) for number in range(SAMPLES_PER_TENSOR)]
-    return [(start, start + sample) for start in starts]
+    for number in range(SAMPLES_PER_TENSOR):
+        start = last * number // (SAMPLES_PER_TENSOR - 1)
+        yield start, start + sample
 
 
 def as_float(bits: int, dtype: str) -> float:
