@@ -43,6 +43,7 @@ EXIT_CODE = re.compile(
 NAMED_BY_US = re.compile(r"zhibei pitfalls ([a-z][a-z0-9-]+)|'pitfall': ?'([a-z][a-z0-9-]+)'")
 HEADING = re.compile(r"^(STOP|WARNING|NOTE) ([a-z0-9-]+)")
 """How `zhibei check` heads a finding."""
+CHAIN = re.compile(r"another exception occurred:|direct cause of the following exception:")
 FRAME = re.compile(r"^(?:│ )?File ['\"].*['\"], line \d+")
 INFORMATION = re.compile(r"\b(?:INFO|DEBUG)\b")
 
@@ -62,6 +63,7 @@ class _Found:
     evidence: dict[str, list[Evidence]] = field(default_factory=dict)
     errors: list[Evidence] = field(default_factory=list)
     own: list[OwnMessage] = field(default_factory=list)
+    chains: list[int] = field(default_factory=list)
     figures: FigureWatch = field(default_factory=FigureWatch)
     records_seen: int = 0
     num_lines: int = 0
@@ -91,6 +93,7 @@ def explain_stream(stream: BinaryIO, name: str, catalogue: Mapping[str, Pitfall]
         evidence=found.evidence,
         errors=found.errors,
         own=found.own,
+        chains=found.chains,
         signatures=tuple(found.figures.signatures()),
         size=(found.num_lines, found.num_bytes),
     )
@@ -233,6 +236,8 @@ def _note_error(piece: Piece, line: int, texts: dict[int, str], found: _Found) -
         if expected.startswith("expected:"):
             what, wanted, fix = _text(piece, line - 2, texts), expected[9:].strip(), text[6:].strip()
             found.own.append(OwnMessage(piece.numbers[line - 2], what, wanted, fix))
+    if CHAIN.search(text):
+        found.chains.append(piece.numbers[line])
     for said in NAMED_BY_US.finditer(text):
         if (name := said.group(1) or said.group(2)) in found.names:
             _note_name(piece, line, name, texts, found)

@@ -25,9 +25,16 @@ HARMLESS = frozenset({"ignorable-missing-inv-freq", "notice-without-harm"})
 HINTS = frozenset({
     "tokenizers-fork-deadlock", "rollout-sampling-params-from-generation-config", "server-context-divided-by-slots",
     "legacy-flag-changes-between-versions", "torch-compile-recompiles", "tracker-login-prompt",
-    "accelerate-default-config-surprise", "rl-train-inference-logprob-gap",
+    "accelerate-default-config-surprise", "rl-train-inference-logprob-gap", "resume-adapter-path-is-not-resume",
 })  # fmt: skip
 """Pitfalls whose messages sound runs print too: named as possible, never as what went wrong."""
+DEADLY = frozenset({
+    "cuda-out-of-memory", "host-memory-exhausted", "no-space-left", "illegal-memory-access", "device-side-assert",
+    "gpu-library-failed", "gpu-reports-a-fault", "job-ended-from-outside", "nccl-failed",
+})  # fmt: skip
+"""General families after which a process is lost, so that what stands well below them follows from them."""
+SAME_ERROR = 3
+"""So many lines may lie between two lines of one message."""
 RELATED = {
     "cuda-out-of-memory": ("memory", "resume"),
     "host-memory-exhausted": ("memory", "environment"),
@@ -106,9 +113,10 @@ def judge(
     errors: Sequence[Evidence],
     own: Sequence[OwnMessage],
     signatures: Sequence[Signature],
+    chains: Sequence[int],
     size: tuple[int, int],
 ) -> Explanation:
-    """Rank what was found and say what it amounts to."""
+    """Rank what was found and say what it amounts to. `chains`: lines that say that one exception led to the next."""
     unknown = _roots(errors, evidence)
     ranked: list[tuple[tuple[float, ...], Candidate]] = []
     harmless: list[Candidate] = []
@@ -117,12 +125,16 @@ def judge(
         if name in HARMLESS:
             harmless.append(Candidate(catalogue[name], 0.9, tuple(lines[:3])))
             continue
-        tier, best = min(((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: pair[0])
+        tier, best = min(
+            ((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: (pair[0], pair[1].line)
+        )
         tier = _tier_by_company(name, tier, best, evidence, catalogue)
         if tier >= 2 and (name in HINTS or best.line in notices):
             tier = 6.0
         says = (best, *(one for one in lines if one is not best))
-        ranked.append(((tier, best.line, -best.weight), Candidate(catalogue[name], _confidence(tier), says[:3])))
+        key = (tier, best.line, -best.weight, -len(lines))
+        ranked.append((key, Candidate(catalogue[name], _confidence(tier), says[:3])))
+    ranked = _in_order(ranked, chains)
     ranked += _by_figures(signatures, catalogue, {candidate.pitfall.id for _, candidate in ranked})
     ranked.sort(key=lambda pair: pair[0])
     candidates = tuple(candidate for _, candidate in ranked)
@@ -135,6 +147,21 @@ def judge(
     if unknown:
         return Explanation(source, "unknown", None, candidates[:5], unknown=tuple(unknown[:3]), **common)
     return Explanation(source, "nothing", None, candidates[:5], **common)
+
+
+def _in_order(
+    ranked: Sequence[tuple[tuple[float, ...], Candidate]], chains: Sequence[int]
+) -> list[tuple[tuple[float, ...], Candidate]]:
+    """What follows from an earlier deadly error is no cause, unless Python says that the two are one chain."""
+    deadly = min((key[1] for key, one in ranked if one.pitfall.id in DEADLY and key[0] <= 1.5), default=None)
+    if deadly is None:
+        return list(ranked)
+
+    def follows(key: tuple[float, ...]) -> bool:
+        is_chained = any(deadly < line < key[1] for line in chains)
+        return key[0] < 1 and key[1] > deadly + SAME_ERROR and not is_chained
+
+    return [((1.8, *key[1:]), one) if follows(key) else (key, one) for key, one in ranked]
 
 
 def _roots(errors: Sequence[Evidence], evidence: Mapping[str, Sequence[Evidence]]) -> list[Evidence]:
