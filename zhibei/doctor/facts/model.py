@@ -95,6 +95,11 @@ class AdapterFacts:
     num_bytes: int = 0
     manifest: Mapping[str, Any] | None = None
     """The manifest of the run that wrote it."""
+    training_state: tuple[str, ...] = ()
+    """Files of an optimiser, schedule or step counter that lie beside it: the folder is a checkpoint of a run."""
+
+
+TRAINING_STATE = {"optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.json", "rng_state.pth", "files.json"}
 
 
 def read_model(section: ModelSection, lora: LoraSection, *, cache: Path | None = None) -> ModelFacts:
@@ -254,4 +259,5 @@ def read_adapter_facts(path: Path | str) -> AdapterFacts:
         zero_tensors=tuple(name for name in scan.zero if "lora_B" in name),
         num_bytes=sum(file.stat().st_size for file in weights),
         manifest=manifest,
+        training_state=tuple(sorted(file.name for file in folder.iterdir() if file.name in TRAINING_STATE)),
     )
