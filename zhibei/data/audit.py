@@ -10,6 +10,7 @@ import numpy as np
 
 from zhibei.config.errors import UserError
 from zhibei.data.encode import Chunk, Wording
+from zhibei.data.remedies import remedy_of
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 LONGEST_SHOWN = 10
@@ -150,6 +151,16 @@ def _notices(audit: dict[str, Any], wording: Wording) -> list[str]:
     return notices
 
 
+REMEDIES = {
+    "too_long": "raise data.max_tokens, or set data.too_long: cut",
+    "nothing_learned": "raise data.max_tokens: the prompts leave no room for the answers",
+    "special_token": "take such tokens out of the text, or set data.special_tokens_in_text: keep if they are meant",
+    "in_validation": "give a data.validation that is not the training data, or a fraction such as 0.02",
+    "broken": "repair the records (the ledger and `zhibei data inspect` name them), or name the right format: and columns:",
+}
+"""What to do when a reason took the last row."""
+
+
 def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -> None:
     """Raises UserError when training on these rows could only waste time."""
     if not audit["rows_train"]:
@@ -159,8 +170,8 @@ def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -
         raise UserError(
             f"no row is left to train on: {audit['rows_read']} read, {audit['rows_heldout']} held out, {reasons}{seen}",
             expected="at least one row with learned tokens",
-            fix="raise data.max_tokens, lower data.validation, or check the data with `zhibei data inspect`",
-            where="data",
+            fix=remedy_of(audit["dropped"]),
+            where="data.validation" if "in_validation" in audit["dropped"] else "data",
             pitfall="dataset-all-rows-dropped",
         )
     if audit["terminators"] and not audit["terminators_supervised"]:

@@ -85,7 +85,8 @@ CODE_TOPIC = re.compile(
 DIGITS = re.compile(r"(\d)\1{8}")
 MARKERS = re.compile(
     r"<\|(im_start|im_end|endoftext|eot_id|start_header_id|assistant|user|system)\|>|</?s>|\[/?INST\]|<<SYS>>"
-    r"|^(### ?(Human|Assistant|Instruction|Response|Input)|(Human|Assistant|USER|ASSISTANT)):",
+    r"|^(### ?(Human|Assistant|Instruction|Response|Input)|(Human|Assistant|USER|ASSISTANT|User|Bot)):"
+    r"|^(用户|人类|助手|助理|机器人)[：:]",
     re.M,
 )
 SERVICE = re.compile(

@@ -25,6 +25,7 @@ from zhibei.data.prepared_cache import read_prepared_answers, rows_of
 from zhibei.data.prompts import encode_prompts
 from zhibei.data.readers import as_source, records_beyond_limits
 from zhibei.data.remarks import Remark, count, row_place
+from zhibei.data.remedies import remedy_of
 from zhibei.data.workers import encode_all, num_workers
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
@@ -144,8 +145,8 @@ def _nothing_left(chunk: AnswerChunk | None, broken: Sequence[dict[str, Any]]) -
     return UserError(
         f"no record is left to train on: {len(broken) + (chunk.num_read if chunk else 0)} read, {reasons}{example}",
         expected="at least one record to learn from",
-        fix="raise data.max_tokens, lower data.validation, or check the data with `zhibei data inspect`",
-        where="data",
+        fix=remedy_of(dropped),
+        where="data.validation" if "in_validation" in dropped else "data",
         pitfall="dataset-all-rows-dropped",
     )
 

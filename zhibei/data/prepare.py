@@ -34,7 +34,7 @@ from zhibei.text.template import Template
 from zhibei.text.tokenizer import TOKENIZERS_VERSION, Tokenizer
 
 # Raise when the same inputs give other rows than before: cached sets of older versions are then not used.
-PREPARE_VERSION = 3
+PREPARE_VERSION = 4
 PROBES = (
     (Message("user", "a"),),
     (Message("user", "a"), Message("assistant", "b"), Message("user", "c", context="d"), Message("assistant", "e")),
@@ -241,7 +241,13 @@ def _prepare(data: DataSection, wording: Wording, *, tell: Progress) -> Prepared
             "highest_id": int(chunk.tokens.max(initial=0)),
             "suspicious": chunk.suspicious,
             "same_answer": same_answer(chunk.answered, row_ids=chunk.row_ids, is_heldout=is_heldout),
-            **comparisons(chunk.said, chunk.asked, row_ids=chunk.row_ids, is_heldout=is_heldout),
+            **comparisons(
+                chunk.said,
+                chunk.asked,
+                row_ids=chunk.row_ids,
+                sources=chunk.facts["source"].tolist(),
+                is_heldout=is_heldout,
+            ),
         },
     )
 
@@ -249,8 +255,8 @@ def _prepare(data: DataSection, wording: Wording, *, tell: Progress) -> Prepared
 def _with_heldout_file(train: Chunk, held: Chunk, *, source: int) -> tuple[Chunk, np.ndarray]:
     """Rows of the validation file are held out; training rows that say the same are dropped into the ledger."""
     held.facts["source"] = np.full_like(held.facts["source"], source)
-    known = set(held.hashes)
-    repeats = np.array([digest in known for digest in train.hashes], dtype=bool)
+    known = set(held.said)
+    repeats = np.array([one in known for one in train.said], dtype=bool)
     whole = join_chunks([train, held])
     whole.ledger.extend(
         {

@@ -69,7 +69,10 @@ def read_rows(path: Path, source: str) -> Rows:
     if reader is None:
         known = ", ".join(CONTAINERS)
         raise UserError(
-            f"unknown file type {path.suffix!r}", expected=f"one of {known} (.gz too)", fix="rename it", where=source
+            f"unknown file type {path.suffix!r}",
+            expected=f"one of {known} (.gz too)",
+            fix="convert it (spreadsheets: save as CSV), or rename it if it is one of these under another name",
+            where=source,
         )
     return reader(path, source)
 

@@ -85,20 +85,34 @@ def same_answer(answered: Sequence[str], *, row_ids: Sequence[str], is_heldout: 
     return count(row_place(row_ids[row]) for row in train if answered[row] == common[0][0]) if common else count([])
 
 
+def _repetition(row_id: str, earlier: str) -> str:
+    if row_id == earlier:
+        return f"{row_place(row_id)} is read again by another source"
+    return f"{row_place(row_id)} says what {row_place(earlier)} says"
+
+
 def comparisons(
-    said: Sequence[str], asked: Sequence[str], *, row_ids: Sequence[str], is_heldout: np.ndarray
+    said: Sequence[str],
+    asked: Sequence[str],
+    *,
+    row_ids: Sequence[str],
+    sources: Sequence[int],
+    is_heldout: np.ndarray,
 ) -> dict[str, Remark]:
-    """`repeated`: training rows that say what an earlier one says (a row that its weight repeats is one row);
+    """`repeated`: rows that say what an earlier one of their side says (a row that its weight repeats is one row);
     `heldout_in_training`: held-out rows that training rows say; `asked_in_training`: held-out rows whose question
     alone is asked in training."""
     train: list[int] = np.flatnonzero(~is_heldout).tolist()
     held: list[int] = np.flatnonzero(is_heldout).tolist()
-    first: dict[str, str] = {}
     repeated = []
-    for row in train:
-        earlier = first.setdefault(said[row], row_ids[row])
-        if earlier != row_ids[row]:
-            repeated.append(f"{row_place(row_ids[row])} says what {row_place(earlier)} says")
+    first: dict[str, str] = {}
+    for side, met in ((train, first), (held, {})):
+        origins: dict[str, tuple[int, str]] = {}
+        for row in side:
+            earlier = met.setdefault(said[row], row_ids[row])
+            mine = (sources[row], row_ids[row])
+            if origins.setdefault(said[row], mine) != mine:
+                repeated.append(_repetition(row_ids[row], earlier))
     questions = {asked[row]: row_ids[row] for row in reversed(train) if asked[row]}
     leaked, known = [], []
     for row in held:

@@ -205,7 +205,10 @@ def _turn(turn: Any, field: str) -> tuple[Message, dict[str, Any]]:
     if content is None and "raw" not in turn and not calls_of(raw):
         present = ", ".join(turn) or "nothing else"
         raise Fault(
-            place, "missing", expected="the turn's text", fix=f"add it; the turn has {present}; or on_error: drop"
+            place,
+            "null" if "content" in turn else "missing",
+            expected="the turn's text",
+            fix=f"add it; the turn has {present}; or on_error: drop",
         )
     text = spoken_text(raw, place, may_be_empty=may_be_empty)
     if turn.get("raw") and isinstance(content, str) and content != text:

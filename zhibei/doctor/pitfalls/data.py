@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from zhibei.data.remedies import remedy_of
 from zhibei.doctor.counts import counted, first_place, kept, noun_of, rows_of, share
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
@@ -21,9 +22,11 @@ MARKUP_SHARE, MARKERS_SHARE = 0.02, 0.05
 LEAST_HITS = 3
 DROPPED_SHARE = 0.05
 REPEATED_SHARE, REPEATED_LEAST = 0.1, 2
+# So many were never meant: a file joined twice, a source named twice, dialogues that nobody split.
+REPEATED_STOP, MARKERS_STOP = 0.25, 0.3
 SAME_ANSWER_SHARE, SAME_ANSWER_LEAST = 0.8, 20
 ECHO_SHARE, ECHO_LEAST = 0.2, 5
-LEAKED_SHARE, ASKED_SHARE, ASKED_LEAST = 0.01, 0.3, 10
+LEAKED_SHARE, ASKED_SHARE, ASKED_OF_ALL, ASKED_LEAST = 0.01, 0.3, 0.8, 10
 
 
 @pitfall(
@@ -112,24 +115,13 @@ def dataset_all_rows_dropped(facts: Facts) -> Iterable[Finding]:
         return
     reasons = ", ".join(f"{reason.replace('_', ' ')} {number}" for reason, number in dropped.items())
     example = next((entry for entry in rows.ledger if entry.get("reason") in dropped), None)
-    longest = max(dropped, key=lambda reason: dropped[reason])
     yield Finding(
         what=f"{counted(total, read, noun_of(facts))} are dropped: {reasons}"
         + (f"; e.g. {example['detail']}" if example else ""),
         where=str(example["where"]) if example else "data",
-        to_do=REMEDIES.get(longest, "look at the ledger and repair the records or the field names"),
+        to_do=remedy_of(dropped),
         level="warning",
     )
-
-
-REMEDIES = {
-    "too_long": "raise data.max_tokens if the model and memory allow it, or set data.too_long: cut",
-    "prompt_fills_window": "raise data.max_tokens, or shorten the prompts",
-    "special_token": "remove special tokens from the text, or set data.special_tokens_in_text: keep if they are meant",
-    "broken": "repair the records that the ledger names, or correct the field names with `columns`",
-    "template": "use a template that can express these turns (`zhibei data templates`)",
-    "identical_after_cut": "raise data.max_tokens so that the answers' difference is kept",
-}
 
 
 @pitfall(
@@ -162,7 +154,7 @@ def dataset_whole_dialogue_in_instruction(facts: Facts) -> Iterable[Finding]:
             "turn",
             where=first_place(marked, "data.sources"),
             to_do="split the text into turns (`zhibei data formats`), or name the right fields with columns",
-            level="warning",
+            level="stop" if share(marked.count, total) >= MARKERS_STOP else "warning",
             evidence=marked.places,
         )
 
@@ -245,7 +237,8 @@ def train_val_leakage_duplicates(facts: Facts) -> Iterable[Finding]:
             level="warning",
             evidence=leaked.places,
         )
-    if asked.count >= ASKED_LEAST and share(asked.count, held) >= ASKED_SHARE:
+    least = ASKED_LEAST if share(asked.count, held) < ASKED_OF_ALL else ASKED_LEAST // 2
+    if asked.count >= least and share(asked.count, held) >= ASKED_SHARE:
         yield Finding(
             what=f"{counted(asked.count, held, 'held-out ' + noun_of(facts))} ask what is also asked in training",
             where=first_place(asked, where),
@@ -279,7 +272,7 @@ def rows_repeated(facts: Facts) -> Iterable[Finding]:
             what=f"{counted(rows.duplicates.count, total, noun_of(facts))} say what an earlier one says",
             where=first_place(rows.duplicates, "data.sources"),
             to_do="remove the repetitions, or say with a source's `weight` that they are meant",
-            level="warning",
+            level="stop" if share(rows.duplicates.count, total) >= REPEATED_STOP else "warning",
             evidence=rows.duplicates.places,
         )
 

@@ -9,7 +9,7 @@ from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.facts.rows import PairFacts
 from zhibei.doctor.pitfall import Finding, pitfall
 
-EQUAL_SHARE, SPACING_SHARE = 0.01, 0.01
+EQUAL_SHARE, SPACING_SHARE, MOSTLY = 0.01, 0.01, 0.5
 ONE_SIDED_SHARE, ENOUGH_JUDGED = 0.01, 100
 
 
@@ -83,7 +83,7 @@ def dpo_data_identical_pairs(facts: Facts) -> Iterable[Finding]:
             what=f"{counted(pairs.identical.count, read, 'pairs')} have two equal answers and are left out",
             where=first_place(pairs.identical, "data.sources"),
             to_do="find out how the pairs were made: such a share is a fault of their making",
-            level="warning",
+            level="stop" if share(pairs.identical.count, read) >= MOSTLY else "warning",
             evidence=pairs.identical.places,
         )
     if pairs.whitespace_only.count and share(pairs.whitespace_only.count, pairs.num_pairs) >= SPACING_SHARE:
@@ -91,7 +91,7 @@ def dpo_data_identical_pairs(facts: Facts) -> Iterable[Finding]:
             what=f"{counted(pairs.whitespace_only.count, pairs.num_pairs, 'pairs')} differ in spacing only",
             where=first_place(pairs.whitespace_only, "data.sources"),
             to_do="remove them, unless spacing is what is to be learned",
-            level="warning",
+            level="stop" if share(pairs.whitespace_only.count, pairs.num_pairs) >= MOSTLY else "warning",
             evidence=pairs.whitespace_only.places,
         )
 

@@ -43,7 +43,7 @@ def pref_pair_identical_after_truncation(facts: Facts) -> Iterable[Finding]:
             f"{facts.run.data.max_tokens} and teach nothing",
             where=first_place(pairs.identical_after_cut, facts.origin("data.max_tokens")),
             to_do="raise data.max_tokens",
-            level="warning",
+            level="stop" if share(pairs.identical_after_cut.count, total) >= MOSTLY else "warning",
             evidence=pairs.identical_after_cut.places,
         )
 
@@ -78,7 +78,7 @@ def simpo_max_prompt_ge_max_length(facts: Facts) -> Iterable[Finding]:
             f"an answer (data.max_tokens: {facts.run.data.max_tokens})",
             where=first_place(pairs.prompt_fills_window, facts.origin("data.max_tokens")),
             to_do="raise data.max_tokens, or shorten the prompts",
-            level="warning",
+            level="stop" if share(pairs.prompt_fills_window.count, total) >= MOSTLY else "warning",
             evidence=pairs.prompt_fills_window.places,
         )
 
