@@ -258,7 +258,7 @@ def flash_attn_abi_mismatch(facts: Facts) -> Iterable[Finding]:
     "environment",
     cost="minutes",
     errors=[
-        r"Failed to import transformers\.[\w.]+ because of the following error.{0,300}(?:flash_attn|undefined symbol)",
+        r"Failed to import transformers\.[\w.]+ because of.{0,300}(?:flash_attn|undefined symbol)",
         r"operator torchvision::nms does not exist",
         r"Could not import module '\w+'\. Are this object's requirements defined correctly",
     ],
