@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rehearse": ("zhibei.cli.rehearse:rehearse", "Try a run for a minute: two steps, a save, all read back."),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
     "resume": ("zhibei.cli.train:resume", "Go on with a run that was stopped."),
+    "plan": ("zhibei.cli.plan:plan", "Memory, disk, time and money of a run, and how to make it fit."),
     "verify": ("zhibei.cli.verify:verify", "Prove that a run, a checkpoint, a model or an adapter folder is complete."),
     "explain": ("zhibei.cli.explain:explain", "Name the pitfall behind a log or traceback of any program."),
     "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits, and how each is caught."),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,10 +29,20 @@ class Rows:
     mean_tokens: float
     num_rows: int | None = None
     is_assumed: bool = True
-    largest_pass: int | None = None
-    """Most tokens of one forward pass over the run (without the padding to 64), where row lengths are known."""
-    num_passes: int | None = None
-    """Forward passes of the step with the most of them."""
+    step_tokens: tuple[int, ...] = ()
+    """Tokens of some shuffled optimiser steps, where row lengths are known."""
+
+
+STEPS_LOOKED_AT = 400
+
+
+def rows_of_lengths(lengths: Sequence[int], *, global_batch: int) -> Rows:
+    """The rows of a prepared set: lengths, and the sums of some steps in a shuffled order."""
+    order = list(lengths)
+    random.Random(0).shuffle(order)
+    starts = range(0, max(1, len(order) - global_batch + 1), global_batch)
+    sums = tuple(sum(order[start : start + global_batch]) for start in starts[:STEPS_LOOKED_AT])
+    return Rows(max(order), sum(order) / len(order), len(order), is_assumed=False, step_tokens=sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +147,9 @@ def job_of(
     is_lora = run.model.method != "full"
     section = run.training
     num_gpus = max(1, machine.num_gpus) if sharding != "no_shard" or machine.num_gpus > 1 else 1
-    largest, passes = passes_of(rows, micro_batch_tokens, max(1, section.global_batch // num_gpus))
+    largest, passes = passes_of(
+        rows, micro_batch_tokens, global_batch=section.global_batch, num_gpus=num_gpus, packing=run.data.packing
+    )
     multiple = GPU_PAD_MULTIPLE if gpu is not None else 1
     ppo = run.ppo
     return Job(
@@ -169,17 +182,26 @@ def job_of(
     )
 
 
-def passes_of(rows: Rows, micro_batch_tokens: int, rows_per_gpu: int) -> tuple[int, int]:
-    """(tokens of the largest pass, passes per step) with rows of a known mean, or full ones.
+def passes_of(
+    rows: Rows, micro_batch_tokens: int, *, global_batch: int, num_gpus: int = 1, packing: bool = True
+) -> tuple[int, int]:
+    """(tokens of the largest pass, passes of the longest step) on one GPU.
 
-    A step's rows are spread over the fewest nearly equal passes (data/batches.py, split_packed).
+    Packed rows are spread over the fewest nearly equal passes (data/batches.py, split_packed); padded ones fill the
+    budget with rows of one width (split_padded). Full rows are assumed where lengths are not known.
     """
-    if rows.largest_pass is not None and rows.num_passes is not None:
-        return rows.largest_pass, rows.num_passes
-    tokens = int(rows_per_gpu * rows.mean_tokens)
-    passes = max(1, -(-tokens // micro_batch_tokens))
-    if not rows.is_assumed:
-        return min(micro_batch_tokens, max(rows.longest, -(-tokens // passes))), passes
-    fitting = max(1, micro_batch_tokens // rows.longest)
-    passes = max(1, -(-rows_per_gpu // fitting))
-    return -(-rows_per_gpu // passes) * rows.longest, passes
+    rows_per_gpu = max(1, -(-global_batch // num_gpus))
+    if not packing or not rows.step_tokens:
+        width = rows.longest
+        fitting = max(1, micro_batch_tokens // width)
+        passes = -(-rows_per_gpu // fitting)
+        even = -(-rows_per_gpu // passes) if packing else min(fitting, rows_per_gpu)
+        return even * width, passes
+    largest = most = 0
+    for total in rows.step_tokens:
+        share = max(rows.longest, -(-total // num_gpus))
+        passes = max(1, -(-share // micro_batch_tokens))
+        # The longest row first, each to the lightest pass: the heaviest ends within a hundredth of the mean.
+        largest = max(largest, min(micro_batch_tokens, max(rows.longest, int(1.01 * share / passes) + 1)))
+        most = max(most, passes)
+    return largest, most

@@ -8,18 +8,24 @@ allocator keeps in reserve and CUDA itself, and is what must fit onto the card.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from zhibei.plan.disk import DiskPlan
+from zhibei.plan.division import divided
 from zhibei.plan.holdings import Holdings, holdings_of
 from zhibei.plan.job import PANEL_PROMPTS, Job
+from zhibei.plan.machines import Machine
 from zhibei.plan.moments import LOSS_CHUNK, Causes, Moment, moments_of, update
 from zhibei.plan.shapes import ModelShape
+from zhibei.plan.stages import stage_extras
 
 GIB = 2**30
 WORKSPACE_BYTES = 2 * 32 * 2**20
 """cuBLAS takes 32 MiB for each of two threads (forward and backward) on Hopper."""
 CONTEXT_GIB = 0.75
 """CUDA's context and loaded kernels, beside torch's allocator; measured on an H200."""
+PROCESS_GPU_BYTES, PROCESS_CPU_BYTES = 3.5 * GIB, 0.8 * GIB
+"""Python with torch, transformers and (on a GPU) CUDA's libraries and pinned buffers."""
 RESERVE_SHARE = 0.03
 """What torch's allocator keeps beyond its tensors; 0.2 to 7 % in the grid of benchmarks/memory.py."""
 
@@ -44,11 +50,17 @@ class MemoryPlan:
     job: Job
     phases: tuple[Phase, ...]
     host: Mapping[str, float] = field(default_factory=dict)
-    """Bytes of host memory by cause."""
+    """Bytes of one node's memory by cause, all its processes together."""
+    disk: DiskPlan | None = None
+    capacity_gib: float | None = None
+    """What a program can use of the card; None without one."""
+    host_capacity_gib: float | None = None
+    shape: ModelShape | None = None
 
     @property
     def peak(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.gib)
+        """The heaviest phase. The proof at the end is not among them: it moves to the host when the card is full."""
+        return max((phase for phase in self.phases if phase.name not in LATER), key=lambda phase: phase.gib)
 
     @property
     def peak_gib(self) -> float:
@@ -64,6 +76,12 @@ class MemoryPlan:
     def host_gib(self) -> float:
         return sum(self.host.values()) / GIB
 
+    @property
+    def fits(self) -> bool:
+        """Card and host both hold it; what is not known counts as enough."""
+        on_card = self.capacity_gib is None or self.device_gib <= self.capacity_gib
+        return on_card and (self.host_capacity_gib is None or self.host_gib <= self.host_capacity_gib)
+
     def phase(self, name: str) -> Phase:
         """By name: load, first step, steady, evaluation, save, proof, merge. KeyError for another."""
         for phase in self.phases:
@@ -72,20 +90,37 @@ class MemoryPlan:
         raise KeyError(name)
 
 
+LATER = ("proof", "merge")
+
+
 def device_gib(tensors_gib: float) -> float:
     """What the driver counts for tensors of that size."""
     return tensors_gib * (1 + RESERVE_SHARE) + CONTEXT_GIB
 
 
+def plan_memory(shape: ModelShape, job: Job, machine: Machine, *, disk: DiskPlan | None = None) -> MemoryPlan:
+    """The prediction with what the machine has."""
+    gpu = machine.smallest_gpu
+    capacity = None
+    if gpu is not None:
+        capacity = gpu.memory_gib if gpu.free_gib is None else gpu.free_gib
+    free = machine.host_free_gib or machine.host_gib or None
+    return replace(predict(shape, job), disk=disk, capacity_gib=capacity, host_capacity_gib=free)
+
+
 def predict(shape: ModelShape, job: Job) -> MemoryPlan:
     """Peak memory of every phase."""
-    held = holdings_of(shape, job)
+    whole = holdings_of(shape, job)
+    part = divided(shape, job, whole)
+    held = part.held
     always: Causes = {
         "weights": held.weights,
         "adapters": held.adapters,
         "master weights": held.masters,
         "optimiser states": held.states,
-        "workspaces": WORKSPACE_BYTES,
+        "gathered layers": part.gathered,
+        "workspaces": WORKSPACE_BYTES * job.on_gpu,
+        **stage_extras(shape, job, held),
     }
     before_update = {**always, "optimiser states": 0} if held.states_from_first_update else always
     moments = list(moments_of(shape, job, held))
@@ -93,14 +128,44 @@ def predict(shape: ModelShape, job: Job) -> MemoryPlan:
     first.append(_with(before_update, Moment("update", update(job, held, is_first=True))))
     steady = [_with(always if moment.name != "update" else before_update, moment) for moment in moments]
     phases = [
-        Phase("load", "checking that weights are finite", _load(before_update, job, held)),
+        Phase("load", "checking that weights are finite", _shown(_load(before_update, job, held))),
         _heaviest("first step", first),
         _heaviest("steady", steady),
         _heaviest("evaluation", [_with(always, moment) for moment in _evaluation(shape, job)]),
-        Phase("save", "checking that weights are finite", {**always, "checks": _finite(job, held.largest_trained)}),
-        Phase("proof", "the written model beside the trained one", _proof(always, job, held)),
+        Phase("save", "one tensor is checked", _shown({**always, "checks": _finite(job, held.largest_trained)})),
+        Phase("proof", "the written model beside the trained one", _shown(_proof(always, job, held))),
     ]
-    return MemoryPlan(job, tuple(phases))
+    if job.trains_adapters:
+        merged: Causes = {
+            "weights": held.weights,
+            "adapters": held.adapters,
+            "checks": 3 * job.item_bytes * held.largest,
+        }
+        phases.append(Phase("merge", "adapters are added to one matrix after the other", _shown(merged)))
+    host = host_bytes(shape, job, whole, on_host=part.on_host, tensors=max(phase.gib for phase in phases) * GIB)
+    return MemoryPlan(job, tuple(phases), host=host, shape=shape)
+
+
+def host_bytes(shape: ModelShape, job: Job, held: Holdings, *, on_host: float, tensors: float) -> dict[str, float]:
+    """One node's memory: every process has Python, torch and CUDA; tensors pass through one at a time.
+
+    Loading maps the files and copies them tensor by tensor (transformers with a device map), and checkpoints are
+    streamed (store/shards.py), so no second copy of the model is ever made in the host's memory.
+    """
+    processes = min(job.num_gpus, job.gpus_per_node)
+    largest = max(job.item_bytes * held.largest, 4 * held.largest_trained)
+    found = {
+        "processes": processes * (PROCESS_GPU_BYTES if job.on_gpu else PROCESS_CPU_BYTES),
+        "one tensor on its way": 2.0 * processes * largest,
+        "offloaded": processes * on_host,
+    }
+    if not job.on_gpu:
+        found |= {"tensors": tensors}
+    return {name: size for name, size in found.items() if size}
+
+
+def _shown(causes: Causes) -> Causes:
+    return {name: size for name, size in causes.items() if size}
 
 
 def _with(held: Causes, moment: Moment) -> Moment:

@@ -1,0 +1,71 @@
+"""The plan of a run from its facts, and its row lengths where only the cache knows them. Prepares and loads nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zhibei.config.errors import UserError
+from zhibei.config.run import DataSection, RunFile
+from zhibei.data.prepared_cache import cache_root
+from zhibei.data.readers import as_source
+from zhibei.plan.job import Rows, rows_of_lengths
+from zhibei.plan.machines import Machine
+from zhibei.plan.search import Search, search
+from zhibei.plan.shapes import ModelShape
+from zhibei.store.files import read_json
+
+SAME_MASKING = ("max_tokens", "too_long", "supervise", "validation", "system")
+
+
+def planned_rows(run: RunFile) -> Rows:
+    """Row lengths of a set that was prepared from the same sources and settings, the newest one; else full rows.
+
+    Tokenizer and template are not compared: that would take loading them, and lengths hardly differ.
+    """
+    folder = _prepared_folder(run.data) if run.stage == "sft" else None
+    if folder is not None:
+        try:
+            borders = np.load(folder / "train.borders.npy", mmap_mode="r", allow_pickle=False)
+            lengths = np.diff(borders)
+            if len(lengths):
+                return rows_of_lengths(lengths.tolist(), global_batch=run.training.global_batch)
+        except (OSError, ValueError):
+            pass  # a damaged set is made again by the run; full rows are the safe assumption
+    return assumed_rows(run)
+
+
+def assumed_rows(run: RunFile) -> Rows:
+    """Every row as long as data.max_tokens allows (pairs: two of them)."""
+    return Rows(longest=run.data.max_tokens, mean_tokens=float(run.data.max_tokens))
+
+
+def _prepared_folder(data: DataSection) -> Path | None:
+    wanted = [as_source(source).model_dump(mode="json") for source in data.sources]
+    masking = data.model_dump(mode="json", include=set(SAME_MASKING))
+    found = []
+    for index in (cache_root(data.cache) / "prepared").glob("*/index.json"):
+        made = _made_of(index)
+        same = made.get("sources") == wanted and made.get("kind", "rows") == "rows"
+        if same and all(made.get("masking", {}).get(key) == value for key, value in masking.items()):
+            found.append((index.stat().st_mtime, index.parent))
+    return max(found)[1] if found else None
+
+
+def _made_of(index: Path) -> dict[str, Any]:
+    try:
+        content = read_json(index)
+    except (OSError, UserError):
+        return {}
+    made = content.get("made_of") if isinstance(content, dict) else None
+    return made if isinstance(made, dict) else {}
+
+
+def planned(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) -> Search:
+    """The search of a run as it will be trained: on one card of the machine, since training uses one so far."""
+    from dataclasses import replace
+
+    one = replace(machine, gpus=machine.gpus[:1], num_nodes=1)
+    return search(run, shape, one, rows)

@@ -1,0 +1,224 @@
+"""The fastest way to run that fits: micro-batch, checkpointing, sharding and offload. Knows no files and no trainer.
+
+`search(...)` tries all of them (a few hundred sums, well under a second), keeps what fits with a margin, and takes the
+fastest by `speed_of`. When nothing fits, `what_would_fit` says which card, number of cards, method or length does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from zhibei.config.run import RunFile
+from zhibei.plan.disk import disk_of
+from zhibei.plan.holdings import holdings_of
+from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, job_of
+from zhibei.plan.machines import Machine, parse_machine
+from zhibei.plan.memory import MemoryPlan, plan_memory
+from zhibei.plan.shapes import ModelShape
+from zhibei.plan.speed import Speed, speed_of
+
+MARGIN = 0.03
+"""Share of the card that a proposed plan leaves free: more than the worst error of the measured grid."""
+BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+CHECKPOINTINGS = ("none", "selective", "full")
+CPU_BUDGET, CPU_CHECKPOINTING = 4096, "none"
+CARDS_TO_TRY = ("rtx4090", "v100-32g", "a100-40g", "l40s", "a100-80g", "h200")
+CARD_COUNTS = (2, 4, 8)
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the run or the person fixed; None is left to the search."""
+
+    micro_batch_tokens: int | None = None
+    checkpointing: str | None = None
+    sharding: Sharding | None = None
+    offload: Offload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run: settings, memory and speed."""
+
+    micro_batch_tokens: int
+    memory: MemoryPlan
+    speed: Speed | None
+
+    @property
+    def job(self) -> Job:
+        return self.memory.job
+
+    @property
+    def fits(self) -> bool:
+        """With the margin."""
+        plan = self.memory
+        if plan.capacity_gib is not None and plan.device_gib > plan.capacity_gib * (1 - MARGIN):
+            return False
+        return plan.fits
+
+    @property
+    def words(self) -> str:
+        """`8,192 tokens a pass, selective checkpointing, full_shard over 4 GPUs`."""
+        job = self.job
+        said = [
+            f"{self.micro_batch_tokens:,} tokens a pass",
+            f"{job.checkpointing} checkpointing".replace("none", "no"),
+        ]
+        if job.num_gpus > 1:
+            said.append(f"{job.sharding} over {job.num_gpus} GPUs")
+        if job.offload != "none":
+            said.append(f"{'optimiser' if job.offload == 'optimizer' else 'everything'} on the host")
+        return ", ".join(said)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """`chosen`: the fastest that fits, or the smallest when none does. `others`: next best ways of another kind."""
+
+    chosen: Candidate
+    others: tuple[Candidate, ...]
+    total_steps: int | None
+    """None where the number of rows is not known."""
+    total_tokens: float | None
+
+    @property
+    def hours(self) -> float | None:
+        if self.chosen.speed is None or self.total_tokens is None:
+            return None
+        return self.chosen.speed.hours(self.total_tokens)
+
+
+def wishes_of(run: RunFile) -> Wishes:
+    """What the run file itself fixes."""
+    budget, how = run.training.micro_batch_tokens, run.model.activation_checkpointing
+    return Wishes(budget if isinstance(budget, int) else None, None if how == AUTO else how)
+
+
+def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes: Wishes | None = None) -> Search:
+    """The fastest plan that fits, within the wishes (by default those of the run file)."""
+    wishes = wishes or wishes_of(run)
+    steps = total_steps(run, rows)
+    tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
+    candidates = list(_candidates(run, shape, machine, rows, wishes, steps or 1))
+    fitting = sorted((each for each in candidates if each.fits), key=_slowness)
+    smallest = sorted(candidates, key=lambda each: each.memory.device_gib)
+    ordered = fitting or smallest
+    return Search(ordered[0], _others(ordered), steps, tokens)
+
+
+def total_steps(run: RunFile, rows: Rows) -> int | None:
+    """Optimiser steps of the run; None where the number of rows is not known."""
+    section = run.training
+    if section.max_steps is not None:
+        return section.max_steps
+    if rows.num_rows is None:
+        return None
+    return max(1, -(-round(section.epochs * rows.num_rows) // section.global_batch))
+
+
+def _slowness(candidate: Candidate) -> tuple[float, float]:
+    speed = 0.0 if candidate.speed is None else -candidate.speed.tokens_per_s
+    # Of equally fast ways, the one with more room.
+    return round(speed, 0), candidate.memory.device_gib
+
+
+def _others(ordered: list[Candidate], most: int = 4) -> tuple[Candidate, ...]:
+    """The best of each kind of checkpointing, sharding and offload that is not the chosen one."""
+    seen = {_kind(ordered[0])}
+    found = []
+    for candidate in ordered[1:]:
+        if _kind(candidate) not in seen:
+            seen.add(_kind(candidate))
+            found.append(candidate)
+    return tuple(found[:most])
+
+
+def _kind(candidate: Candidate) -> tuple[str, str, str]:
+    return candidate.job.checkpointing, candidate.job.sharding, candidate.job.offload
+
+
+def _candidates(
+    run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes: Wishes, steps: int
+) -> Iterator[Candidate]:
+    on_gpu = bool(machine.gpus)
+    for sharding in _choices(wishes.sharding, SHARDINGS if machine.num_gpus > 1 else ("no_shard",)):
+        if sharding == "hybrid" and machine.num_nodes < 2 and wishes.sharding is None:
+            continue
+        for offload in _choices(wishes.offload, OFFLOADS if on_gpu else ("none",)):
+            for how in _choices(wishes.checkpointing, CHECKPOINTINGS if on_gpu else (CPU_CHECKPOINTING,)):
+                for budget in budgets_of(run, rows, wishes, on_gpu=on_gpu):
+                    job = job_of(
+                        run, shape, machine, rows,
+                        micro_batch_tokens=budget, checkpointing=how, sharding=sharding, offload=offload,
+                    )  # fmt: skip
+                    yield candidate_of(run, shape, machine, rows, job, budget=budget, steps=steps)
+
+
+def _choices(wish: str | None, every: tuple) -> tuple:
+    return every if wish is None else (wish,)
+
+
+def budgets_of(run: RunFile, rows: Rows, wishes: Wishes, *, on_gpu: bool) -> list[int]:
+    """Tokens per pass worth trying: from the longest row up to all rows of a step at once."""
+    if wishes.micro_batch_tokens is not None:
+        return [wishes.micro_batch_tokens]
+    if not on_gpu:
+        return [max(CPU_BUDGET, rows.longest)]
+    most = max(rows.longest, run.training.global_batch * rows.longest)
+    found = [budget for budget in BUDGETS if rows.longest <= budget < most]
+    return [*found, most] if most <= BUDGETS[-1] or not found else found
+
+
+def candidate_of(
+    run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, job: Job, *, budget: int, steps: int
+) -> Candidate:
+    """Memory, disk and speed of one job."""
+    section = run.training
+    held = holdings_of(shape, job)
+    disk = disk_of(
+        job, held, rows, num_steps=steps, keep_checkpoints=section.keep_checkpoints, keep_best=section.keep_best
+    )
+    memory = plan_memory(shape, job, machine, disk=disk)
+    speed = speed_of(shape, job, machine, tokens_per_step=section.global_batch * rows.mean_tokens)
+    return Candidate(budget, memory, speed)
+
+
+def what_would_fit(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) -> list[str]:
+    """What would have to give, a line per way that works: another card, more of them, another method, shorter rows."""
+    wishes = Wishes()
+    found = []
+    methods = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[run.model.method]
+    for method in methods:
+        other = run.model_copy(update={"model": run.model.model_copy(update={"method": method})})
+        if search(other, shape, machine, rows, wishes).chosen.fits:
+            found.append(f"model.method: {method} on this machine")
+            break
+    card = machine.smallest_gpu
+    if card is not None:
+        for count in CARD_COUNTS:
+            if count > len(machine.gpus):
+                more = replace(machine, gpus=(card,) * count, gpu_link=machine.gpu_link)
+                if (best := search(run, shape, more, rows, wishes).chosen).fits:
+                    found.append(f"{count} such GPUs ({best.words})")
+                    break
+    for name in CARDS_TO_TRY:
+        other_machine = parse_machine(name)
+        gpu = other_machine.smallest_gpu
+        if gpu is None or (card is not None and gpu.memory_gib <= card.memory_gib):
+            continue
+        if (best := search(run, shape, other_machine, rows, wishes).chosen).fits:
+            found.append(f"one {gpu.name} ({best.words})")
+            break
+    if rows.longest > 512:
+        shorter = replace(rows, longest=512, mean_tokens=min(rows.mean_tokens, 512.0), step_tokens=())
+        if search(run, shape, machine, shorter, wishes).chosen.fits:
+            found.append("data.max_tokens: 512 on this machine")
+    return found
+
+
+def as_words(plan: MemoryPlan) -> Mapping[str, float]:
+    """GiB by cause at the peak, largest first."""
+    causes = sorted(plan.peak.causes.items(), key=lambda item: -item[1])
+    return {name: size / 2**30 for name, size in causes}

@@ -1,0 +1,51 @@
+"""What the stages reward, dpo and ppo hold beyond supervised training: heads, references, critics, answers under way.
+
+Knows sizes, not loops. The stages' own loops will be measured as the supervised one was; until then these are sums of
+the same parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from zhibei.plan.holdings import Holdings
+from zhibei.plan.job import Job
+from zhibei.plan.shapes import ModelShape
+
+Causes = dict[str, float]
+
+
+def stage_extras(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """Bytes that lie there all the time beside the model that learns."""
+    return EXTRAS[job.stage](shape, job, held)
+
+
+def _sft(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    return {}
+
+
+def _reward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    return {"score head": job.item_bytes * shape.hidden}
+
+
+def _dpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """A frozen copy, unless the reference is the same base with its adapters off."""
+    has_own = job.reference == "copy" or (job.reference == "auto" and not job.trains_adapters)
+    return {"reference model": held.weights} if has_own else {}
+
+
+def _ppo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """shared: adapters with heads for critic and reward on one base. separate: critic (learns), reward, reference."""
+    tokens = job.rollout_batch * (job.row_tokens + job.max_new_tokens)
+    cache = 2 * shape.key_width * job.item_bytes * shape.num_layers * tokens
+    answers = {"KV cache": cache, "rollouts": tokens * 40 + 16 * job.rollout_batch * shape.vocabulary}
+    if job.ppo_models == "shared":
+        critic = held.adapters + held.masters + held.states + held.gradients
+        return {"critic": critic, "reward model": held.adapters, **answers}
+    critic = held.weights + held.masters + held.states + held.gradients
+    return {"critic": critic, "reward model": held.weights, "reference model": held.weights, **answers}
+
+
+EXTRAS: Mapping[str, Callable[[ModelShape, Job, Holdings], Causes]] = {
+    "sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo,
+}  # fmt: skip
