@@ -32,8 +32,8 @@ def lines(found: Search, machine: Machine, *, alternatives: list[str], price: fl
     if found.others:
         yield Text("\nother ways:" if found.chosen.fits else "\nthe smallest other ways:", style="bold")
         for other in found.others:
-            known = other.speed is not None and found.total_tokens is not None
-        hours = f", {_hours(other.speed.hours(found.total_tokens))}" if known else ""
+            tokens = found.total_tokens
+            hours = f", {_hours(other.speed.hours(tokens))}" if other.speed and tokens else ""
             fits = "" if other.fits else " (does not fit)"
             yield Text(f"  {other.memory.device_gib:7.1f} GiB{hours}  {other.words}{fits}")
     if alternatives:
@@ -109,7 +109,7 @@ def _around(found: Search, price: float | None) -> Iterator[Text]:
         f"({how}){money}"
     )
     if found.chosen.job.num_gpus > 1 or found.chosen.job.offload != "none":
-        note = "several GPUs and offloading are planned here already; this version trains on one GPU, without offloading"
+        note = "several GPUs and offloading are planned already; this version trains on one GPU without offloading"
         yield Text(f"  note        {note}", style="yellow")
 
 

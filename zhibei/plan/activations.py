@@ -277,7 +277,7 @@ def _compiled(shape: ModelShape, how: Execution, row_tokens: int) -> Kept:
 
 
 def _partition(shape: ModelShape, how: Execution, row_tokens: int, *, stage: int) -> Kept:
-    """What the compiler keeps. Stage 1: its own choice. 2: norms' and gates' results are made again. 3: attention too."""
+    """What the compiler keeps. Stage 1: its own choice. 2: norms and gates are made again. 3: attention too."""
     style, does, item = style_of(shape), learns(shape, how), how.item_bytes
     hidden, query, key = shape.hidden, shape.query_width, shape.key_width
     kept = Kept()
