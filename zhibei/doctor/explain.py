@@ -193,7 +193,7 @@ def _try_pattern(
         return
     shown_at = last if EXCEPTION.search(_text(piece, last, texts)) else first
     original = _original(piece, shown_at)
-    weight = len(literal) + (20 if first != last else 0)
+    weight = len(literal) + (20 if first != last else 0) + sum(map(str.isalnum, pattern.regex.pattern)) / 1000
     evidence = Evidence(piece.numbers[shown_at], original[:600], force_of(original), weight)
     kept = found.evidence.setdefault(pattern.owner, [])
     same = next((number for number, one in enumerate(kept) if one.line == evidence.line), None)

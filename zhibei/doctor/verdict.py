@@ -58,7 +58,7 @@ class Evidence:
     line: int
     text: str
     force: Force
-    weight: int = 0
+    weight: float = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {"line": self.line, "text": self.text, "force": self.force}
@@ -137,6 +137,7 @@ def judge(
     ranked = _in_order(ranked, chains)
     ranked += _by_figures(signatures, catalogue, {candidate.pitfall.id for _, candidate in ranked})
     ranked.sort(key=lambda pair: pair[0])
+    ranked = _most_specific_first(ranked)
     candidates = tuple(candidate for _, candidate in ranked)
     best_tier = ranked[0][0][0] if ranked else 9.0
     common = {"harmless": tuple(harmless), "own": tuple(own), "num_lines": size[0], "num_bytes": size[1]}
@@ -162,6 +163,18 @@ def _in_order(
         return key[0] < 1 and key[1] > deadly + SAME_ERROR and not is_chained
 
     return [((1.8, *key[1:]), one) if follows(key) else (key, one) for key, one in ranked]
+
+
+def _most_specific_first(
+    ranked: list[tuple[tuple[float, ...], Candidate]],
+) -> list[tuple[tuple[float, ...], Candidate]]:
+    """Lines of one message belong together: among those that name something in it, the longest words win."""
+    if not ranked:
+        return ranked
+    tier, line = ranked[0][0][:2]
+    together = [pair for pair in ranked if pair[0][0] == tier and pair[0][1] <= line + SAME_ERROR]
+    together.sort(key=lambda pair: pair[0][2:])
+    return together + [pair for pair in ranked if pair not in together]
 
 
 def _roots(errors: Sequence[Evidence], evidence: Mapping[str, Sequence[Evidence]]) -> list[Evidence]:

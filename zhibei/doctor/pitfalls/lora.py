@@ -104,7 +104,11 @@ def lora_target_regex_in_list(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "lora",
     cost="launch",
-    errors=[r"Target modules .{1,400} not found in the base model"],
+    errors=[
+        r"Target modules .{1,400} not found in the base model",
+        r"Please specify `?target_modules`? in `?peft_config",
+        r"Target modules? .{1,80} is not supported\. Currently, only",
+    ],
     sources=[
         "https://github.com/hiyouga/LlamaFactory/issues/181",
         "https://github.com/hiyouga/LlamaFactory/issues/3597",

@@ -101,7 +101,7 @@ def adapter_of_another_kind(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "lora",
     cost="launch",
-    errors=[r"size mismatch for base_model\.model\..*lora_[AB]", r"Error\(s\) in loading state_dict for PeftModel"],
+    errors=[r"size mismatch for base_model\.model\..*lora_[AB]"],
 )
 def adapter_does_not_fit_base(facts: Facts) -> Iterable[Finding]:
     """The adapter was made for a model of other layers, sizes or vocabulary.

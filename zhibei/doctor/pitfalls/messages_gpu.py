@@ -16,6 +16,7 @@ BECAUSE = "Many faults end in this message; those that can be seen before a run 
         r"(?:CUDA|HIP|XPU|MPS backend)(?: error:)? out of memory",
         r"\bOutOfMemoryError: ",
         r"CUBLAS_STATUS_ALLOC_FAILED",
+        r"no executable batch size found, reached zero",
         r"cuda(?:Error)?MemoryAllocation\b",
         r"cudaMalloc failed: out of memory|failed to allocate CUDA\d* buffer",
     ],

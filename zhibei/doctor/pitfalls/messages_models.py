@@ -176,6 +176,8 @@ def hub_out_of_reach() -> None:
         r"did not match any variant of untagged enum",
         r"tokenizer class \w+ does not exist",
         r"error parsing line b'",
+        r"could not parse ModelProto from|ParseFromArray\(serialized",
+        r"TypeError: not a string",
         r"unable to load vocabulary from file",
     ],
 )
@@ -242,6 +244,7 @@ def pickled_weights_refused() -> None:
         r"PytorchStreamReader failed",
         r"invalid load key, ",
         r"git-lfs\.github\.com/spec",
+        r"invalid (?:file )?magic\b",
         r"ran out of input",
         r"unexpected EOF, expected \d+ more bytes",
     ],
