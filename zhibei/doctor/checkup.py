@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zhibei.config.errors import SeveralErrors, UserError
+from zhibei.config.resolve import DEFAULT
 from zhibei.doctor.facts.facts import Defect, Facts
 from zhibei.doctor.pitfall import COSTS, Cost, Finding, Level, Pitfall
 from zhibei.doctor.pitfalls import load_catalogue
@@ -91,7 +92,7 @@ class Checkup:
 def check(facts: Facts, *, area: str = "") -> Checkup:
     """Every finding of every check (or of one area), and every refusal met while the facts were gathered."""
     catalogue = load_catalogue()
-    found: list[Found] = [found_of(fault, catalogue) for fault in facts.faults]
+    found: list[Found] = [_placed(found_of(fault, catalogue), facts) for fault in facts.faults]
     defects = list(facts.defects)
     checks = [entry for entry in catalogue.values() if entry.find is not None and area in ("", entry.area)]
     for entry in checks:
@@ -118,6 +119,14 @@ def found_of(fault: UserError, catalogue: Mapping[str, Pitfall] | None = None) -
     if entry is None:
         return Found("", "", "launch", finding, why=f"expected: {fault.expected}", fault=fault)
     return Found(entry.id, entry.area, entry.cost, finding, entry.english.title, entry.english.why, fault)
+
+
+def _placed(found: Found, facts: Facts) -> Found:
+    """A refusal that names a field of the run file says where that field was set."""
+    key = found.finding.where
+    if facts.resolved is None or key not in facts.resolved.origins or facts.origin(key) == DEFAULT:
+        return found
+    return replace(found, finding=replace(found.finding, where=f"{facts.origin(key)}, {key}"))
 
 
 def _found_by(entry: Pitfall, facts: Facts) -> list[Found]:

@@ -25,6 +25,7 @@ def require_peak(section: TrainingSection, num_steps: int) -> None:
             expected="fewer warm-up steps than optimiser steps",
             fix=f"set sft.warmup_steps: {num_steps // 10}, train longer, or lower sft.global_batch",
             where="sft.warmup_steps",
+            pitfall="warmup-never-ends",
         )
 
 

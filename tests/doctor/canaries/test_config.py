@@ -190,7 +190,6 @@ CANARIES: Canaries = {
     "interval-longer-than-run": (
         [
             steps(300, "sft.save_every=2000"),
-            steps(300, "sft.evaluate_every=500"),
             steps(300, "log.every=1000"),
             steps(300, "sft.evaluate_every=100", "sft.early_stop_patience=5"),
         ],

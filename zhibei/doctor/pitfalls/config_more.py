@@ -121,7 +121,7 @@ def _unusual(facts: Facts, key: str, value: float, usual: str) -> Finding:
 
 @pitfall("config", cost="hours")
 def interval_longer_than_run(facts: Facts) -> Iterable[Finding]:
-    """Evaluations, checkpoints or log lines are further apart than the run is long, or an early stop can never come.
+    """Checkpoints or log lines are further apart than the run is long, or an early stop can never come.
 
     Why: An interval copied from a longer run never comes due. The run shows nothing until it ends, and a crash in its
     last hour loses all of it because no checkpoint was written. A patience as long as the number of evaluations is no
@@ -129,7 +129,7 @@ def interval_longer_than_run(facts: Facts) -> Iterable[Finding]:
 
     Fix: Remove the interval (ten per run are then planned), or set 0 where only the end is wanted.
 
-    评估、检查点或日志的间隔比整个训练还长，或早停永远不会发生。
+    检查点或日志的间隔比整个训练还长，或早停永远不会发生。
 
     为何：从更长的训练里抄来的间隔永远到不了。训练结束前什么也看不到，最后一小时崩溃就全部丢失，因为从未写过检查点。
     耐心值若不小于评估次数，早停也就不存在。
@@ -139,17 +139,15 @@ def interval_longer_than_run(facts: Facts) -> Iterable[Finding]:
     training, stage, steps = facts.run.training, facts.run.stage, num_steps_of_run(facts)
     if steps is None or steps < LONG_RUN_STEPS:
         return
-    for name, thing in (("evaluate_every", "evaluation"), ("save_every", "checkpoint")):
-        key, every = f"{stage}.{name}", getattr(training, name)
-        if every and every >= steps and is_chosen(facts, key):
-            yield Finding(
-                what=f"{key}: {every} in a run of {steps} steps: there is no {thing} before the end",
-                where=facts.origin(key),
-                to_do=f"remove {key} (ten per run are then planned), or set 0 if that is wanted",
-                level="warning",
-                changes={key: max(1, steps // 10)},
-                is_safe=name == "evaluate_every",
-            )
+    key, every = f"{stage}.save_every", training.save_every
+    if every and every >= steps and is_chosen(facts, key):
+        yield Finding(
+            what=f"{key}: {every} in a run of {steps} steps: there is no checkpoint before the end",
+            where=facts.origin(key),
+            to_do=f"remove {key} (ten per run are then planned), or set 0 if that is wanted",
+            level="warning",
+            changes={key: max(1, steps // 10)},
+        )
     if facts.run.log.every > steps and is_chosen(facts, "log.every"):
         yield Finding(
             what=f"log.every: {facts.run.log.every} in a run of {steps} steps: no step but the last is logged",
