@@ -129,6 +129,21 @@ CANARIES: Canaries = {
             rows(suspicious={"answer_repeats_question": seen(3)}, audit=few(12)),
         ],
     ),
+    "answers-speak-as-another-model": (
+        [
+            rows(suspicious={"assistant_disclaimer": seen(12000)}),
+            rows(suspicious={"names_another_model": seen(3000)}),
+            rows(suspicious={"assistant_disclaimer": seen(20)}, audit=few(60)),
+        ],
+        [
+            rows(suspicious={"assistant_disclaimer": seen(4000), "names_another_model": seen(900)}),
+            rows(suspicious={"names_another_model": seen(3)}, audit=few(40)),
+        ],
+    ),
+    "answers-cut-off": (
+        [rows(suspicious={"cut_off_answer": seen(9000)}), rows(suspicious={"cut_off_answer": seen(15)}, audit=few(60))],
+        [rows(suspicious={"cut_off_answer": seen(3000)}), rows(suspicious={"cut_off_answer": seen(4)}, audit=few(20))],
+    ),
     "columns-mapped-crosswise": (
         [
             mapped("{chosen: rejected, rejected: chosen}"),
@@ -160,10 +175,11 @@ CANARIES: Canaries = {
 def test_what_is_told_names_count_share_place_and_setting() -> None:
     find = CATALOGUE["rows-repeated"].find
     assert find is not None
-    (finding,) = find(rows(duplicates=seen(30), audit=few(60)))
-    assert finding.what == "30 of 60 rows (50.0%) say what an earlier one says"
+    (finding,) = find(rows(duplicates=seen(12), audit=few(60)))
+    assert finding.what == "12 of 60 rows (20.0%) say what an earlier one says"
     assert finding.where == "rows.json, record 0"
     assert finding.level == "warning"
+    assert [one.level for one in find(rows(duplicates=seen(58), audit=few(60)))] == ["stop"]
 
 
 @pytest.mark.parametrize("number", [8, 20, 60])

@@ -24,8 +24,6 @@ DROPPED_SHARE = 0.05
 REPEATED_SHARE, REPEATED_LEAST = 0.1, 2
 # So many were never meant: a file joined twice, a source named twice, dialogues that nobody split.
 REPEATED_STOP, MARKERS_STOP = 0.25, 0.3
-SAME_ANSWER_SHARE, SAME_ANSWER_LEAST = 0.8, 20
-ECHO_SHARE, ECHO_LEAST = 0.2, 5
 LEAKED_SHARE, ASKED_SHARE, ASKED_OF_ALL, ASKED_LEAST = 0.01, 0.3, 0.8, 10
 
 
@@ -274,62 +272,4 @@ def rows_repeated(facts: Facts) -> Iterable[Finding]:
             to_do="remove the repetitions, or say with a source's `weight` that they are meant",
             level="stop" if share(rows.duplicates.count, total) >= REPEATED_STOP else "warning",
             evidence=rows.duplicates.places,
-        )
-
-
-@pitfall("data", cost="run")
-def answers_all_the_same(facts: Facts) -> Iterable[Finding]:
-    """Nearly every row gives the same answer.
-
-    Why: A mapping that reads the wrong field, or a default that was filled in, makes one text the answer to everything.
-    The loss falls quickly and looks like success; the model says that text whatever it is asked.
-
-    Fix: Look at the rows (`zhibei data inspect FILE`) and name the field of the answer with `columns`.
-
-    几乎每一行的回答都一样。
-
-    为何：字段对应错了，或填入了默认值，就会让同一段文本成为一切问题的答案。损失很快下降，看似成功；模型则无论问什么都只说这句话。
-
-    办法：查看这些行（`zhibei data inspect 文件`），并用 `columns` 指明答案所在的字段。
-    """
-    rows = facts.rows
-    if rows is None:
-        return
-    same, total = rows.same_answer, int(rows.audit.get("rows_train", 0))
-    if same.count >= SAME_ANSWER_LEAST and share(same.count, total) >= SAME_ANSWER_SHARE:
-        yield Finding(
-            what=f"{counted(same.count, total, 'training rows')} have one and the same answer",
-            where=first_place(same, "data.sources"),
-            to_do="name the field that holds the answers with columns: {output: ...}",
-            level="warning",
-            evidence=same.places,
-        )
-
-
-@pitfall("data", cost="run")
-def answers_repeat_the_question(facts: Facts) -> Iterable[Finding]:
-    """Many answers are the question word for word.
-
-    Why: The field of the question was read twice. The model learns to copy, and its loss becomes very low.
-
-    Fix: Name the field of the answer with `columns`; where copying is the task, name this pitfall in `accept`.
-
-    许多回答与问题一字不差。
-
-    为何：问题所在的字段被读了两次。模型只学会照抄，损失会变得很低。
-
-    办法：用 `columns` 指明答案所在的字段；若任务本来就是照抄，请把本条写入 `accept`。
-    """
-    rows = rows_of(facts)
-    echo = rows.suspicious.get("answer_repeats_question") if rows is not None else None
-    if rows is None or echo is None:
-        return
-    if echo.count >= ECHO_LEAST and share(echo.count, kept(rows.audit)) >= ECHO_SHARE:
-        some = counted(echo.count, kept(rows.audit), noun_of(facts))
-        yield Finding(
-            what=f"in {some} the answer is the question, word for word",
-            where=first_place(echo, "data.sources"),
-            to_do="name the field that holds the answers with columns: {output: ...}",
-            level="warning",
-            evidence=echo.places,
         )
