@@ -76,7 +76,7 @@ def test_held_out_rows_that_training_knows(tmp_path: Path) -> None:
     asked = {"instruction": "Say 2.", "output": "another"}
     held.write_text(json.dumps([same, spaced, asked, {"instruction": "New", "output": "new"}]))
     facts = facts_of(tmp_path, ROWS, validation=str(held))
-    assert facts.audit["dropped"] == {"in_validation": 1}
+    assert facts.audit["dropped"] == {"in_validation": 2}
     assert facts.heldout_in_training.count == 2
     assert f"{tmp_path}/rows.json, record 0" in facts.heldout_in_training.places
     assert facts.asked_in_training.count == 1

@@ -151,16 +151,6 @@ def _notices(audit: dict[str, Any], wording: Wording) -> list[str]:
     return notices
 
 
-REMEDIES = {
-    "too_long": "raise data.max_tokens, or set data.too_long: cut",
-    "nothing_learned": "raise data.max_tokens: the prompts leave no room for the answers",
-    "special_token": "take such tokens out of the text, or set data.special_tokens_in_text: keep if they are meant",
-    "in_validation": "give a data.validation that is not the training data, or a fraction such as 0.02",
-    "broken": "repair the records (the ledger and `zhibei data inspect` name them), or name the right format: and columns:",
-}
-"""What to do when a reason took the last row."""
-
-
 def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -> None:
     """Raises UserError when training on these rows could only waste time."""
     if not audit["rows_train"]:

@@ -177,6 +177,7 @@ def _turn(turn: Any, field: str) -> tuple[Message, dict[str, Any]]:
             f"{excerpt(turn)} where a turn is needed",
             expected='{"from": …, "value": …} or {"role": …, "content": …}',
         )
+    nulls = [key for key in CONTENT_KEYS if key in turn and turn[key] is None]
     turn = {key: value for key, value in turn.items() if value is not None}
     speaker = next((key for key in SPEAKER_KEYS if key in turn), None)
     if speaker is None:
@@ -206,7 +207,7 @@ def _turn(turn: Any, field: str) -> tuple[Message, dict[str, Any]]:
         present = ", ".join(turn) or "nothing else"
         raise Fault(
             place,
-            "null" if "content" in turn else "missing",
+            "null" if nulls else "missing",
             expected="the turn's text",
             fix=f"add it; the turn has {present}; or on_error: drop",
         )
