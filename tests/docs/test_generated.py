@@ -13,6 +13,7 @@ from tests.shared_data import REPOSITORY
 from zhibei.cli.app import COMMANDS
 from zhibei.config.read import recipe_names
 from zhibei.config.words import leaf_fields
+from zhibei.doctor.pitfalls import load_catalogue
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,26 @@ def test_a_changed_document_is_found(generate: ModuleType, monkeypatch: pytest.M
     healthy, changed = REPOSITORY / "LICENSE", REPOSITORY / "CHANGELOG.md"
     texts = {healthy: healthy.read_text(), changed: changed.read_text() + "more"}
     monkeypatch.setattr(generate, "documents", lambda: texts)
+    monkeypatch.setattr(generate, "PITFALL_PAGES", REPOSITORY / "docs" / "no such folder")
     assert generate.stale() == [changed]
+
+
+def test_a_page_of_a_pitfall_that_is_no_more_is_found(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(generate, "PITFALL_PAGES", tmp_path)
+    monkeypatch.setattr(generate, "documents", lambda: {tmp_path / "kept.md": "x"})
+    for name in ("kept.md", "gone.md"):
+        (tmp_path / name).write_text("x")
+    assert generate.stale() == [tmp_path / "gone.md"]
+
+
+def test_every_pitfall_has_its_page_and_its_two_lines_in_the_index(generate: ModuleType) -> None:
+    pages, index = generate.pitfall_pages(), generate.pitfall_index()
+    catalogue = load_catalogue()
+    assert {path.stem for path in pages} == {*catalogue, "README"}
+    assert all(index.count(f"]({name}.md)") == 2 for name in catalogue)
+    assert all(one.chinese.title in index and one.english.title in index for one in catalogue.values())
 
 
 def test_run_file_page_has_every_field_and_recipes_page_every_recipe(generate: ModuleType) -> None:

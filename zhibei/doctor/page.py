@@ -24,6 +24,7 @@ class Words:
     proof: str
     errors: str
     sources: str
+    colon: str
     costs: Mapping[Cost, str]
     kinds: Mapping[Kind, str]
 
@@ -38,6 +39,7 @@ ENGLISH = Words(
     proof="Shown by",
     errors="How other programs report it (patterns)",
     sources="Sources",
+    colon=": ",
     costs={"run": "a whole run", "hours": "hours", "launch": "a launch", "minutes": "minutes"},
     kinds={
         "check": "`zhibei check` finds it before any weight is loaded.",
@@ -58,6 +60,7 @@ CHINESE = Words(
     proof="由测试证明",
     errors="其他程序的报错（匹配式）",
     sources="来源",
+    colon="：",
     costs={"run": "整个训练白跑", "hours": "数小时", "launch": "一次启动", "minutes": "几分钟"},
     kinds={
         "check": "`zhibei check` 在加载任何权重之前就能发现。",
@@ -87,13 +90,13 @@ def as_text(pitfall: Pitfall, language: Language = "en") -> str:
     words, page = WORDS[language], page_of(pitfall, language)
     parts = [
         page.title,
-        f"{pitfall.id}  ({words.area}: {pitfall.area}; {words.cost}: {words.costs[pitfall.cost]})",
-        f"{words.why}: {page.why}",
-        f"{words.fix}: {page.fix}",
-        f"{words.cover}: {cover_of(pitfall, language).replace('`', '')}",
+        f"{pitfall.id}  ({words.area}{words.colon}{pitfall.area}; {words.cost}{words.colon}{words.costs[pitfall.cost]})",
+        f"{words.why}{words.colon}{page.why}",
+        f"{words.fix}{words.colon}{page.fix}",
+        f"{words.cover}{words.colon}{cover_of(pitfall, language).replace('`', '')}",
     ]
     if pitfall.because:
-        parts.append(f"{words.because}: {pitfall.because}")
+        parts.append(f"{words.because}{words.colon}{pitfall.because}")
     parts += _listed(words.proof, pitfall.proof)
     parts += _listed(words.sources, pitfall.sources)
     return "\n\n".join(parts)
@@ -111,13 +114,13 @@ def as_markdown(pitfall: Pitfall) -> str:
         words, page = WORDS[language], page_of(pitfall, language)
         lines += [
             f"## {page.title}\n",
-            f"*{words.area}: {pitfall.area}. {words.cost}: {words.costs[pitfall.cost]}.*\n",
-            f"**{words.why}.** {page.why}\n",
-            f"**{words.fix}.** {page.fix}\n",
-            f"**{words.cover}.** {cover_of(pitfall, language)}\n",
+            f"*{words.area}{words.colon}{pitfall.area}; {words.cost}{words.colon}{words.costs[pitfall.cost]}*\n",
+            f"**{words.why}**{words.colon}{page.why}\n",
+            f"**{words.fix}**{words.colon}{page.fix}\n",
+            f"**{words.cover}**{words.colon}{cover_of(pitfall, language)}\n",
         ]
     if pitfall.because:
-        lines.append(f"**{ENGLISH.because}.** {pitfall.because}\n")
+        lines.append(f"**{ENGLISH.because}**: {pitfall.because}\n")
     for heading, items in (
         (ENGLISH.proof, [f"`{one}`" for one in pitfall.proof]),
         (ENGLISH.errors, [f"`{one.pattern}`" for one in pitfall.errors]),
