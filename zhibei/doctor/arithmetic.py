@@ -10,6 +10,8 @@ import re
 from zhibei.doctor.facts.facts import Facts
 from zhibei.plan.machines import Gpu
 
+BF16_CAPABILITY = (8, 0)
+
 
 def cards_of(facts: Facts) -> list[tuple[int, Gpu]]:
     """(number, card) of each card the run may use: none for `device: cpu`, one for `cuda:1`, else all."""
@@ -28,7 +30,12 @@ def precision_of(facts: Facts) -> str:
     asked, cards = facts.run.model.precision, cards_of(facts)
     if asked != "auto":
         return asked
-    return "fp32" if not cards else "bf16" if cards[0][1].has_bf16 else "fp16"
+    return "fp32" if not cards else "fp16" if is_older(cards[0][1], BF16_CAPABILITY) else "bf16"
+
+
+def is_older(gpu: Gpu, capability: tuple[int, int]) -> bool:
+    """Whether a card is below a compute capability; one whose capability nobody told is not."""
+    return gpu.vendor == "nvidia" and (0, 0) < gpu.capability < capability
 
 
 def described(number: int, gpu: Gpu) -> str:

@@ -8,7 +8,7 @@ from tests.doctor.canaries import Canaries
 from tests.doctor.healthy import CONFIG, CPU, ONE_A100, V100, broken, healthy
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfalls.precision import bf16_on_pre_ampere, fp16_on_bf16_pretrained_nan
-from zhibei.plan.machines import Machine, parse_machine
+from zhibei.plan.machines import Gpu, Machine, parse_machine
 
 MIXED = replace(ONE_A100, name="mixed", gpus=(*ONE_A100.gpus, *V100.gpus))
 
@@ -42,6 +42,7 @@ CANARIES: Canaries = {
             healthy("model.precision=bf16", machine=parse_machine("mi210")),
             healthy("model.precision=bf16", machine=parse_machine("rtx3060")),
             healthy(machine=V100),
+            healthy("model.precision=bf16", machine=replace(ONE_A100, gpus=(Gpu("unknown card", 24.0, (0, 0)),))),
         ],
     ),
     "fp16-on-cpu": (

@@ -24,7 +24,7 @@ GIB = 2**30
 # cgroup v1 says "no limit" with a number near 2^63.
 NO_LIMIT_BYTES = 2**60
 GPU_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap", "memory.reserved")
-FEW_FIELDS = GPU_FIELDS[:5]  # drivers before 465 know no compute_cap
+FEW_FIELDS = GPU_FIELDS[:5]  # old drivers know neither compute_cap nor memory.reserved
 
 
 def machine_for(text: str | None) -> Machine:
@@ -63,15 +63,18 @@ def read_machine(*, root: Path = Path("/"), variables: Mapping[str, str] | None 
 
 
 def read_gpus(variables: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The cards a program started here would see."""
-    for fields in (GPU_FIELDS, FEW_FIELDS):
+    """The cards a program started here would see, in the order of nvidia-smi. CUDA puts the fastest first unless
+    CUDA_DEVICE_ORDER=PCI_BUS_ID, so unequal cards may be numbered otherwise by torch."""
+    build = read_torch_build()
+    for fields in (GPU_FIELDS, GPU_FIELDS[:6], FEW_FIELDS):
         answer = ask(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
         if not answer.fault:
             asked = variables.get("CUDA_VISIBLE_DEVICES")
             if asked is not None and asked.strip().startswith("MIG"):
                 break  # a slice of a card: only torch can say how large it is
-            return gpus_of(answer.output, asked)
-    build = read_torch_build()
+            gpus = gpus_of(answer.output, asked)
+            is_known = all(gpu.capability > (0, 0) for gpu in gpus)
+            return gpus if is_known else gpus_of_probe(build) or gpus
     return gpus_of_probe(build) if build.is_for_gpus and has_gpu_device() else ()
 
 

@@ -134,6 +134,7 @@ def master_port_in_use(facts: Facts) -> Iterable[Finding]:
             what=f"MASTER_PORT={launch.master_port} is held by {launch.port_owner}",
             where="environment variable MASTER_PORT",
             to_do=f"end that process if it is a leftover of yours, or set another port, e.g. {_other(launch)}",
+            level="stop" if launch.world_size > 1 else "warning",
         )
 
 
@@ -176,8 +177,12 @@ def multinode_no_rank_or_master(facts: Facts) -> Iterable[Finding]:
     """
     if facts.machine.is_described:
         return
-    for what, to_do in launch_faults(facts.environment.launch):
-        yield Finding(what=what, where="variables of the launch (RANK, WORLD_SIZE, MASTER_ADDR, ...)", to_do=to_do)
+    launch = facts.environment.launch
+    # Left-over variables of an earlier launch do not stop a run in one process.
+    level = "stop" if launch.world_size > 1 or launch.num_nodes > 1 else "warning"
+    where = "variables of the launch (RANK, WORLD_SIZE, MASTER_ADDR, ...)"
+    for what, to_do in launch_faults(launch):
+        yield Finding(what=what, where=where, to_do=to_do, level=level)
 
 
 def launch_faults(launch: Launch) -> Iterable[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from zhibei.doctor.arithmetic import cards_of, described
+from zhibei.doctor.arithmetic import cards_of, described, is_older
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 from zhibei.plan.machines import Gpu
@@ -53,7 +53,7 @@ def flash_attn_pre_ampere(facts: Facts) -> Iterable[Finding]:
     if facts.resolved is None:
         return
     run, cards = facts.run, cards_of(facts)
-    old = [one for one in cards if one[1].capability < FLASH_CAPABILITY]
+    old = [one for one in cards if is_older(one[1], FLASH_CAPABILITY)]
     if run.model.attention == "varlen" and (old or (not cards and run.device in ("auto", "cpu"))):
         yield Finding(
             what=f"model.attention: varlen, and {described(*old[0]) if old else 'the run computes on the processor'}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zhibei.doctor.arithmetic import cards_of, described, precision_of
+from zhibei.doctor.arithmetic import BF16_CAPABILITY, cards_of, described, is_older, precision_of
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
@@ -58,7 +58,7 @@ def bf16_on_pre_ampere(facts: Facts) -> Iterable[Finding]:
     if facts.resolved is None or facts.run.model.precision != "bf16":
         return
     for number, gpu in cards_of(facts):
-        if not gpu.has_bf16:
+        if is_older(gpu, BF16_CAPABILITY):
             yield Finding(
                 what=f"model.precision: bf16, and {described(number, gpu)} has no bf16 units",
                 where=facts.origin("model.precision"),
@@ -138,7 +138,7 @@ def fp16_on_bf16_pretrained_nan(facts: Facts) -> Iterable[Finding]:
         return
     asked = facts.run.model.precision
     cards = cards_of(facts)
-    can_bf16 = all(gpu.has_bf16 for _, gpu in cards)
+    can_bf16 = not any(is_older(gpu, BF16_CAPABILITY) for _, gpu in cards)
     chosen = "fp16" if asked == "fp16" else f"auto, which is fp16 on {described(*cards[0])}"
     yield Finding(
         what=f"model.precision: {chosen}, and {why}",
