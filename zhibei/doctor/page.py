@@ -88,9 +88,10 @@ def cover_of(pitfall: Pitfall, language: Language = "en") -> str:
 def as_text(pitfall: Pitfall, language: Language = "en") -> str:
     """The page for a terminal, without markup."""
     words, page = WORDS[language], page_of(pitfall, language)
+    cost = words.costs[pitfall.cost]
     parts = [
         page.title,
-        f"{pitfall.id}  ({words.area}{words.colon}{pitfall.area}; {words.cost}{words.colon}{words.costs[pitfall.cost]})",
+        f"{pitfall.id}  ({words.area}{words.colon}{pitfall.area}; {words.cost}{words.colon}{cost})",
         f"{words.why}{words.colon}{page.why}",
         f"{words.fix}{words.colon}{page.fix}",
         f"{words.cover}{words.colon}{cover_of(pitfall, language).replace('`', '')}",
