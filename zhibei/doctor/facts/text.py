@@ -208,7 +208,8 @@ def _misplaced(tokenizer: Tokenizer, pieces: SentencePieceFile | None) -> tuple[
     for name, wanted in (pieces.special_ids if pieces else {}).items():
         token = getattr(tokenizer, name, "")
         number = tokenizer.id_of(token)
-        if pieces is None or number is None or number == wanted or number >= len(pieces.pieces):
+        # Which token pads is zhibei's choice where the tokenizer names none.
+        if pieces is None or name == "pad" or number in (None, wanted) or number >= len(pieces.pieces):
             continue
         text, kind = pieces.pieces[number]
         if kind in (NORMAL, UNKNOWN) or token == pieces.pieces[wanted][0]:

@@ -107,11 +107,7 @@ def weights_incomplete(facts: Facts) -> Iterable[Finding]:
         )
 
 
-@pitfall(
-    "model",
-    cost="launch",
-    errors=[],
-)
+@pitfall("model", cost="launch")
 def weights_do_not_fit_config(facts: Facts) -> Iterable[Finding]:
     """The tensors in the files are not those that config.json promises.
 
