@@ -335,7 +335,7 @@ def _is_untrained(model: Any) -> bool:
 
 def _short_rows(materials: Materials) -> list[int]:
     """Three short rows that learn something and fit into one pass together."""
-    rows, budget = materials.rows.train, materials.run.sft.micro_batch_tokens
+    rows, budget = materials.rows.train, materials.batches.plan.micro_batch_tokens
     chosen: list[int] = []
     total = 0
     for number in np.argsort(rows.lengths, kind="stable")[len(rows) // 10 :]:
