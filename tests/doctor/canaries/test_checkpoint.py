@@ -63,8 +63,17 @@ CANARIES: Canaries = {
         ],
     ),
     "final-consolidation-no-disk": (
-        [with_disk(305), with_disk(80, "sft.save_every=0", "sft.keep_best=false")],
-        [with_disk(400), with_disk(20, *LORA), with_disk(100), healthy()],
+        [
+            with_disk(80, "sft.save_every=0", "sft.keep_best=false"),
+            with_disk(155, "sft.save_every=1000", "sft.keep_best=false"),
+        ],
+        [
+            with_disk(305),
+            with_disk(20, *LORA),
+            with_disk(70, "sft.save_every=0", "sft.keep_best=false"),
+            with_disk(90, "sft.save_every=0", "sft.keep_best=false"),
+            healthy(),
+        ],
     ),
     "generation-config-invalid-at-save": (
         [

@@ -22,22 +22,25 @@ FILES_PER_CHECKPOINT = 8
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Bytes that a run writes: one checkpoint, the finished model, and how many checkpoints lie there at most."""
+    """Bytes that a run writes. `most_checkpoints` lie there while the newest is written, `last_checkpoints` at the end,
+    when the finished model is."""
 
     checkpoint: int
     model: int
     most_checkpoints: int
+    last_checkpoints: int
 
     @property
     def checkpoints(self) -> int:
         return self.checkpoint * self.most_checkpoints
 
     @property
-    def text(self) -> str:
-        return (
-            f"{self.most_checkpoints} checkpoints of {self.checkpoint / GIB:.1f} GiB each and a model of "
-            f"{self.model / GIB:.1f} GiB"
-        )
+    def at_the_end(self) -> int:
+        return self.checkpoint * self.last_checkpoints + self.model
+
+    @property
+    def most(self) -> int:
+        return max(self.checkpoints, self.at_the_end)
 
 
 def written_by(facts: Facts) -> Written | None:
@@ -57,8 +60,9 @@ def written_by(facts: Facts) -> Written | None:
     training = run.training
     has_best = training.keep_best and run.data.validation != 0
     # A new checkpoint is complete before the oldest goes; the best one is kept besides.
-    most = min(training.keep_checkpoints + 1 + has_best, _num_saves(facts, has_best=has_best))
-    return Written(int(checkpoint), int(learning * WEIGHT_BYTES[precision]), most)
+    saves = _num_saves(facts, has_best=has_best)
+    kept = training.keep_checkpoints + has_best
+    return Written(int(checkpoint), int(learning * WEIGHT_BYTES[precision]), min(kept + 1, saves), min(kept, saves))
 
 
 def _num_saves(facts: Facts, *, has_best: bool) -> int:
@@ -156,8 +160,7 @@ def disk_full_at_checkpoint(facts: Facts) -> Iterable[Finding]:
         yield Finding(
             what=f"{needed} need {written.checkpoints / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
             where=free[1],
-            to_do=f"put runs: on a disk with {(written.checkpoints + written.model) / GIB:.0f} GiB or more free, "
-            "or lower sft.keep_checkpoints",
+            to_do=f"put runs: on a disk with {written.most / GIB:.0f} GiB or more free, or lower sft.keep_checkpoints",
             changes={f"{facts.run.stage}.keep_checkpoints": 1} if facts.run.training.keep_checkpoints > 1 else {},
             level="stop" if free[0] < 2 * written.checkpoint else "warning",
         )
@@ -192,14 +195,13 @@ def final_consolidation_no_disk(facts: Facts) -> Iterable[Finding]:
     办法：把 runs: 放到更大的磁盘上，或减小 sft.keep_checkpoints。
     """
     written, free = written_by(facts), _free(facts)
-    if written is None or free is None or not written.checkpoints <= free[0] < written.checkpoints + written.model:
+    if written is None or free is None or not written.checkpoints <= free[0] < written.at_the_end:
         return
-    total = written.checkpoints + written.model
     yield Finding(
-        what=f"{written.text} need {total / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
+        what=f"at the end {written.last_checkpoints} checkpoints of {written.checkpoint / GIB:.2f} GiB each and a model "
+        f"of {written.model / GIB:.2f} GiB need {written.at_the_end / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
         where=free[1],
-        to_do=f"put runs: on a disk with {total / GIB:.0f} GiB or more free, or lower sft.keep_checkpoints",
-        level="stop" if free[0] < 2 * written.checkpoint + written.model else "warning",
+        to_do=f"put runs: on a disk with {written.at_the_end / GIB:.0f} GiB or more free, or save fewer checkpoints",
     )
 
 
