@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.bad_inputs.config_cases import manifest_says
 from tests.bad_inputs.place import Place, chat_rows
 from tests.bad_inputs.scenario import Scenario
 
@@ -202,10 +203,11 @@ MODEL_CASES = [
         "m11_no_chat_template",
         "Conversations for a model that has no chat template, and none is named.",
         _no_template,
-        value="chat template|alpaca",
+        value=("chat template", "alpaca"),
         where=r"data\.template",
-        remedy="template",
+        remedy="vicuna",
         may=("stopped", "handled"),
+        proof=lambda place: manifest_says(place, "supervise", "answers"),
     ),
     Scenario(
         "m12_remote_code",

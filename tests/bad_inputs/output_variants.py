@@ -46,7 +46,7 @@ def write_large_model(place: Place, size: str) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "vocab_size": 300,
         "intermediate_size": inner, "num_hidden_layers": shape["num_hidden_layers"], "torch_dtype": "float16",
-        "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv"], "max_position_embeddings": 4096,
+        "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv"], "max_position_embeddings": 2048,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
     }  # fmt: skip

@@ -59,6 +59,8 @@ class Control:
 
     id: str
     build: Build
+    known: tuple[str, ...] = ()
+    """Findings that are true of it, by id: what this version cannot do yet."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def judge(scenario: Scenario, seen: Seen, place: Place) -> Judgement:
         faults.append(f"{verdict} instead of {' or '.join(scenario.may)}")
     if missing:
         faults.append(f"message lacks {'; '.join(missing)}")
-    if seen.changed:
+    if seen.changed and verdict != "handled":  # a run that goes on writes into its own directory
         faults.append(f"touched {', '.join(seen.changed[:4])}")
     if verdict == "stopped" and seen.created:
         faults.append(f"left behind {', '.join(seen.created[:4])}")
@@ -143,13 +145,13 @@ def _grade(verdict: Verdict, absent: dict[str, list[str]]) -> str:
     return "B" if not absent["value"] or not absent["where"] else "C"
 
 
-def judge_control(seen: Seen) -> Judgement:
-    """A sound input must end with exit code 0 and show no finding."""
+def judge_control(control: Control, seen: Seen) -> Judgement:
+    """A sound input must end with exit code 0 and show no finding but those that are known to be true of it."""
     faults = []
-    if seen.exit_code:
+    if seen.exit_code and not control.known:
         faults.append(f"exit code {seen.exit_code}: {seen.stderr.strip()[:500]}")
-    if seen.findings:
-        faults.append(f"showed {', '.join(seen.findings)}")
+    if seen.findings != control.known:
+        faults.append(f"showed {', '.join(seen.findings) or 'nothing'}")
     faults += DEFECT.findall(seen.text)
     return Judgement("false alarm" if faults else "clean", "", (), tuple(faults))
 

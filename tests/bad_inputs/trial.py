@@ -64,7 +64,7 @@ def run_control(control: Control, folder: Path, models: Models, *, in_process: b
     place = Place(folder, models)
     control.build(place)
     seen = try_command(place.write(), folder, in_process=in_process)
-    return judge_control(seen), seen
+    return judge_control(control, seen), seen
 
 
 def snapshot(folder: Path) -> dict[str, str]:
