@@ -198,8 +198,8 @@ def final_consolidation_no_disk(facts: Facts) -> Iterable[Finding]:
     if written is None or free is None or not written.checkpoints <= free[0] < written.at_the_end:
         return
     yield Finding(
-        what=f"at the end {written.last_checkpoints} checkpoints of {written.checkpoint / GIB:.2f} GiB each and a model "
-        f"of {written.model / GIB:.2f} GiB need {written.at_the_end / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
+        what=f"at the end {written.last_checkpoints} checkpoints of {written.checkpoint / GIB:.2f} GiB each and the "
+        f"model of {written.model / GIB:.2f} need {written.at_the_end / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
         where=free[1],
         to_do=f"put runs: on a disk with {written.at_the_end / GIB:.0f} GiB or more free, or save fewer checkpoints",
     )
