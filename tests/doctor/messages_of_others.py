@@ -85,7 +85,7 @@ MESSAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("RuntimeError: probability tensor contains either `inf`, `nan` or element < 0", ("nan-while-sampling", "fp16-on-bf16-pretrained-nan", "weights-not-finite")),
     ("ValueError: Unable to create tensor, you should probably activate truncation and/or padding with 'padding=True' 'truncation=True'", ("rows-not-padded",)),
     ("ValueError: Asking to pad but the tokenizer does not have a padding token. Please select a token to use as `pad_token`", ("padding-token-missing",)),
-    ("ValueError: Cannot use chat template functions because tokenizer.chat_template is not set and no template argument was passed!", ("chat-template-missing", "serve-no-chat-template")),
+    ("ValueError: Cannot use chat template functions because tokenizer.chat_template is not set and no template argument was passed!", ("chat-template-missing", "serve-no-chat-template", "conversations-without-chat-template")),
     ("datasets.exceptions.DatasetGenerationError: An error occurred while generating the dataset", ("data-file-unreadable",)),
     ("json.decoder.JSONDecodeError: Extra data: line 2 column 1 (char 412)", ("data-file-unreadable",)),
     ("KeyError: 'text'", ("data-field-missing",)),

@@ -31,10 +31,11 @@ def losses(*values: float | str) -> list[str]:
         ("{'loss': '1.25', 'grad_norm': '0.5'}", {"loss": 1.25, "gradient": 0.5}),
         ('{"kind": "train", "loss": 2.5e-1, "grad_norm": 1.0}', {"loss": 0.25, "gradient": 1.0}),
         ('{"loss": null, "not_finite": {"loss": "nan"}}', {"loss": math.nan}),
-        ("step 10 | loss 10.4 | grad norm 1.2", {"loss": 10.4, "gradient": 1.2}),
+        ("step 1,010 | loss 10.4 | grad norm 1.2", {"step": 1010.0, "loss": 10.4, "gradient": 1.2}),
+        ("step 5: held-out loss 1.25, perplexity 3.5", {"step": 5.0, "heldout": 1.25}),
         (" 12%|#  | 12/100 [00:10<05:00, 1.2it/s, loss=0.693, lr=1e-5]", {"loss": 0.693, "rate": 1e-5}),
         ("train/loss: 1.5 train/grad_norm: inf", {"loss": 1.5, "gradient": math.inf}),
-        ("{'eval_loss': nan, 'epoch': 1.0}", {"heldout": math.nan}),
+        ("{'eval_loss': nan, 'epoch': 1.0}", {"heldout": math.nan, "epoch": 1.0}),
         ("objective/kl: -3.5", {"kl": -3.5}),
         ("actor/ppo_kl:0.0001 - closs 7", {}),
         ("weightloss: 3 lossless: 4", {}),
@@ -85,6 +86,13 @@ def test_broken_figures_point_to_a_pitfall(lines: list[str], pitfall: str) -> No
 )
 def test_sound_figures_point_to_nothing(lines: list[str]) -> None:
     assert signatures(lines) == []
+
+
+def test_a_second_run_in_the_same_log_begins_anew() -> None:
+    first = [f"step {step}/100 loss {2.0 - step / 60}" for step in range(5, 100, 5)]
+    second = ["step 1/50 loss 7.2", "step 2/50 loss 6.9", "step 3/50 loss 5.0", "step 4/50 loss 3.9"]
+    assert signatures(first + second) == []
+    assert signatures([*first, "step 99/100 loss 9.0", "step 100/100 loss 9.5", *second]) != []
 
 
 def test_a_loss_that_jumps_after_a_resume_is_told_from_divergence() -> None:

@@ -18,7 +18,7 @@ from zhibei.doctor.log_figures import FigureWatch, record_of
 from zhibei.doctor.log_lines import LOOK_AHEAD, Piece, open_log, owner_of, read_pieces, shown, without_owner
 from zhibei.doctor.pitfall import Pitfall
 from zhibei.doctor.resemblance import resembling
-from zhibei.doctor.verdict import Candidate, Evidence, Explanation, Force, OwnMessage, judge
+from zhibei.doctor.verdict import EXCEPTION, Candidate, Evidence, Explanation, Force, OwnMessage, judge
 
 HITS_PER_PIECE = 1000
 """So many places of one literal are tried per piece of two megabytes."""
@@ -27,10 +27,6 @@ NAME_WEIGHT = 1000
 RECORDS_READ = 5000
 """After so many metric records, those that differ from earlier ones only in digits are read one in sixteen."""
 
-EXCEPTION = re.compile(
-    r"(?:^|[\]:|>)│] ?)((?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Refused|Expired|Missing"
-    r"|NotFound|Failure)|StopIteration|Exception))(?:\(|:(?: |$)|$)"
-)
 WARNING = re.compile(r"\bwarn(?:ing)?\b|Warning[:(]|^\[?W[\d ]|\bWARN\b", re.IGNORECASE)
 TROUBLE = re.compile(
     r"error|fail|fatal|abort|assert|kill|exit|refus|cannot|can't|could not|couldn't|no route|exceed|time[d ]?-?out"
@@ -193,7 +189,7 @@ def _try_pattern(
         return
     shown_at = last if EXCEPTION.search(_text(piece, last, texts)) else first
     original = _original(piece, shown_at)
-    weight = len(literal) + (20 if first != last else 0) + sum(map(str.isalnum, pattern.regex.pattern)) / 1000
+    weight = len(literal) + (20 if first != last else 0) + sum(map(str.isalpha, pattern.regex.pattern)) / 1000
     evidence = Evidence(piece.numbers[shown_at], original[:600], force_of(original), weight)
     kept = found.evidence.setdefault(pattern.owner, [])
     same = next((number for number, one in enumerate(kept) if one.line == evidence.line), None)

@@ -11,15 +11,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-NUMBER = r"[-+]?(?:nan|inf(?:inity)?|null|\d+(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+)"
+NUMBER = r"[-+]?(?:nan|inf(?:inity)?|null|\d+(?:,\d{3})*(?:\.\d*)?(?:e[-+]?\d+)?|\.\d+)"
 NAMES = {
     "loss": r"(?:train(?:ing)?[/_ ])?(?:lm[ _])?loss(?:/train)?",
     "gradient": r"(?:train/)?(?:global_)?grad(?:ient)?[_ ]?norm",
-    "heldout": r"(?:eval|valid(?:ation)?|val|held_?out)[/_ ]loss",
+    "heldout": r"(?:eval|valid(?:ation)?|val|held[-_ ]?out)[-/_ ]loss",
     "kl": r"(?:objective/|ppo/)?(?:mean_)?kl(?:_div(?:ergence)?)?",
     "margin": r"rewards?/margins?",
     "accuracy": r"(?:rewards?/)?(?:accuracies|accuracy|acc)",
     "rate": r"learning_rate|lr",
+    "step": r"(?:global_)?step",
+    "epoch": r"epoch",
     "scale": r"(?:loss|grad)[_ ]?scale",
 }
 FIGURE = re.compile(
@@ -60,7 +62,7 @@ def record_of(line: int, text: str) -> Record | None:
     figures: dict[str, float] = {}
     for match in FIGURE.finditer(text):
         if match.lastgroup and (key := next(name for name in NAMES if match.group(name))) not in figures:
-            value = match.group("value").lower()
+            value = match.group("value").lower().replace(",", "")
             figures[key] = math.nan if value == "null" else float(value)
     for match in NOT_FINITE.finditer(text):  # as our metrics.jsonl writes NaN
         figures |= {key: math.nan for key, name in NAMES.items() if re.search(f'"{name}": ?"nan"', match.group(1))}
@@ -83,13 +85,17 @@ class FigureWatch:
     """Conditions that some record did not meet."""
     kept: dict[str, list[Record]] = field(default_factory=dict)
     """Conditions that held long enough."""
+    done: list[Signature] = field(default_factory=list)
+    """Of earlier runs in the same log."""
+    progress: float = 0.0
     resumed_at: int | None = None
     since_resume: int = 0
 
     def see(self, record: Record) -> None:
         figures = record.figures
+        self._follow(figures.get("step", figures.get("epoch")))
         if "loss" in figures:
-            self._see_loss(record, figures["loss"])
+            self._see_loss(record)
         for name, (holds, needed) in CONDITIONS.items():
             verdict = holds(record, self)
             if verdict is None:
@@ -108,7 +114,18 @@ class FigureWatch:
         if "loss" in figures and math.isfinite(figures["loss"]) and figures["loss"] != 0:
             self.lowest = min(self.lowest, figures["loss"])
 
-    def _see_loss(self, record: Record, loss: float) -> None:
+    def _follow(self, progress: float | None) -> None:
+        """A log may hold several runs, each beginning anew; one that is taken up again is the same run."""
+        if progress is None:
+            return
+        if progress < self.progress / 2 and not _just_resumed(self):
+            self.done += self.signatures()
+            self.first, self.last_loss, self.count, self.lowest = [], None, 0, math.inf
+            for kept in (self.runs, self.lengths, self.broken, self.kept):
+                kept.clear()
+        self.progress = progress
+
+    def _see_loss(self, record: Record) -> None:
         self.count += 1
         self.since_resume += 1
         if len(self.first) < PINNED:
@@ -122,8 +139,10 @@ class FigureWatch:
 
     def signatures(self) -> Iterator[Signature]:
         """What the numbers of the whole log amount to, the surest first."""
+        yield from self.done
+        said = {one.says for one in self.done}
         for name, (pitfalls, says, through_the_end) in MEANINGS.items():
-            if name in self.kept and not (through_the_end and name in self.broken):
+            if name in self.kept and says not in said and not (through_the_end and name in self.broken):
                 yield Signature(pitfalls, tuple((one.line, one.text) for one in self.kept[name][:3]), says)
 
 

@@ -7,6 +7,7 @@ process's death comes last, and an error that nobody knows stands before all but
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,10 @@ from zhibei.doctor.pitfall import Pitfall
 Force = Literal["error", "exit", "warning", "plain", "frame", "figures"]
 Verdict = Literal["known", "unknown", "own", "nothing"]
 
+EXCEPTION = re.compile(
+    r"(?:^|[\]:|>)│] ?)((?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Refused|Expired|Missing"
+    r"|NotFound|Failure)|StopIteration|Exception))(?:\(|:(?: |$)|$)"
+)
 GENERAL_AREA = "messages"
 CONSEQUENCES = frozenset({"nccl-timeout-rank0-tokenising", "child-process-failed", "other-rank-died"})
 """What a job shows after another of its processes has died; a cause only where nothing else is."""
@@ -33,6 +38,12 @@ DEADLY = frozenset({
     "gpu-library-failed", "gpu-reports-a-fault", "job-ended-from-outside", "nccl-failed",
 })  # fmt: skip
 """General families after which a process is lost, so that what stands well below them follows from them."""
+NOTICED_ONLY = frozenset({
+    "package-missing", "python-too-old", "file-missing", "not-writable", "versions-disagree", "hub-out-of-reach",
+    "hub-name-or-path-wrong", "hub-access-refused", "shared-library-missing", "extension-not-built", "compile-failed",
+    "data-field-missing",
+})  # fmt: skip
+"""General families that sound programs report too before they go another way: an error only as an exception."""
 SAME_ERROR = 3
 """So many lines may lie between two lines of one message."""
 RELATED = {
@@ -49,6 +60,11 @@ UNKNOWN_CONSEQUENCE = (
     "SystemExit", "KeyboardInterrupt", "ProcessExitedException", "ProcessRaisedException", "RayTaskError",
     "Broken pipe", "Connection closed by", "BrokenPipeError", "EOFError", "SignalException",
 )  # fmt: skip
+
+
+def is_exception(text: str) -> bool:
+    """A line with which Python ends a traceback, or a program reports one."""
+    return EXCEPTION.search(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +145,8 @@ def judge(
             ((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: (pair[0], pair[1].line)
         )
         tier = _tier_by_company(name, tier, best, evidence, catalogue)
-        if tier >= 2 and (name in HINTS or best.line in notices):
+        is_remark = name in NOTICED_ONLY and not is_exception(best.text)
+        if is_remark or (tier >= 2 and (name in HINTS or best.line in notices)):
             tier = 6.0
         says = (best, *(one for one in lines if one is not best))
         key = (tier, best.line, -best.weight, -len(lines))

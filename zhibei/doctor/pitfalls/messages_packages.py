@@ -142,7 +142,6 @@ def shared_library_missing() -> None:
         r"requires a different python",
         r"'type' object is not subscriptable",
         r"unsupported operand type\(s\) for \|: '",
-        r"requires[- ]python ?>?=",
         r"python (?:3\.[0-9]|2\.\d)\S* is not supported|requires python >= ?3",
     ],
 )
