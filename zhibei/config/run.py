@@ -13,6 +13,7 @@ from zhibei.config.effects import PartsDoNotFit, misfits_of
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+TOKENS_PER_PASS = 4096
 
 
 class Section(BaseModel):
@@ -38,9 +39,10 @@ class ModelSection(Section):
     attention: Literal["auto", "varlen", "documents", "sdpa", "eager"] = "auto"
     """`varlen`: one kernel over packed rows (CUDA). `documents`: exact attention row by row (any device).
     `sdpa` and `eager` are for unpacked batches. auto picks the fastest exact one."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Recompute activations in the backward pass instead of keeping them. selective: only what is cheap (norms,
-    rotations, gates; about 30 % less memory, hardly slower). full: whole layers (least memory, a third more work)."""
+    rotations, gates; about 30 % less memory, hardly slower). full: whole layers (least memory, a third more work).
+    auto: the fastest that fits on the GPU (`zhibei plan` shows it); none on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile each decoder layer. auto: on CUDA with a C compiler, off on a CPU."""
     rope_scaling_factor: Annotated[float, Field(gt=1)] | None = None
@@ -133,8 +135,9 @@ class TrainingSection(Section):
     """Stop after so many optimiser steps, whatever epochs says."""
     global_batch: Positive = 128
     """Rows per optimiser step on all GPUs together."""
-    micro_batch_tokens: Positive = 4096
-    """Most tokens in one forward pass on one GPU; rows of a step are spread over as many passes as that needs."""
+    micro_batch_tokens: Positive | Literal["auto"] = "auto"
+    """Most tokens in one forward pass on one GPU; rows of a step are spread over as many passes as that needs.
+    auto: the fastest that fits on the GPU (`zhibei plan` shows it); 4096 on a CPU."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate. By default, for full training / for adapters: sft 2e-5 / 2e-4, reward 1e-5 / 1e-4,
     dpo 5e-7 / 5e-6, ppo 1e-6 / 1e-5."""
@@ -172,6 +175,11 @@ class TrainingSection(Section):
     """Newest checkpoints kept, besides the best one."""
     keep_best: bool = True
     """Write the model of the best held-out evaluation as the final model."""
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """`micro_batch_tokens`, or what a CPU takes where nothing was planned."""
+        return TOKENS_PER_PASS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
 class AnsweringSection(TrainingSection):

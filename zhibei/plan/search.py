@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from zhibei.config.run import RunFile
+from zhibei.config.run import TOKENS_PER_PASS, RunFile
 from zhibei.plan.disk import disk_of
 from zhibei.plan.holdings import holdings_of
 from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, job_of
@@ -22,7 +22,7 @@ MARGIN = 0.03
 """Share of the card that a proposed plan leaves free: more than the worst error of the measured grid."""
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CHECKPOINTINGS = ("none", "selective", "full")
-CPU_BUDGET, CPU_CHECKPOINTING = 4096, "none"
+CPU_BUDGET, CPU_CHECKPOINTING = TOKENS_PER_PASS, "none"
 CARDS_TO_TRY = ("rtx4090", "v100-32g", "a100-40g", "l40s", "a100-80g", "h200")
 CARD_COUNTS = (2, 4, 8)
 AUTO = "auto"
@@ -103,7 +103,7 @@ def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes
     tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
     candidates = list(_candidates(run, shape, machine, rows, wishes, steps or 1))
     fitting = sorted((each for each in candidates if each.fits), key=_slowness)
-    smallest = sorted(candidates, key=lambda each: each.memory.device_gib)
+    smallest = sorted(candidates, key=_overflow)
     ordered = fitting or smallest
     return Search(ordered[0], _others(ordered), steps, tokens)
 
@@ -116,6 +116,13 @@ def total_steps(run: RunFile, rows: Rows) -> int | None:
     if rows.num_rows is None:
         return None
     return max(1, -(-round(section.epochs * rows.num_rows) // section.global_batch))
+
+
+def _overflow(candidate: Candidate) -> float:
+    """How far beyond card or host, whichever is worse."""
+    plan = candidate.memory
+    on_card = plan.device_gib / plan.capacity_gib if plan.capacity_gib else 0.0
+    return max(on_card, plan.host_gib / plan.host_capacity_gib if plan.host_capacity_gib else 0.0)
 
 
 def _slowness(candidate: Candidate) -> tuple[float, float]:

@@ -61,6 +61,10 @@ class RunDir:
         return self.path / "proofs.json"
 
     @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
     def rehearsal(self) -> Path:
         return self.path / "rehearsal.json"
 

@@ -19,11 +19,13 @@ from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import Need, load_for_training
 from zhibei.model.savings import checkpoint_activations, compile_layers
+from zhibei.plan.settle import Settled
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 from zhibei.train.beginning import load_run_tokenizer, run_dir_of
 from zhibei.train.optimizer import make_optimizer
+from zhibei.train.planning import settled_on
 from zhibei.train.schedule import require_peak
 from zhibei.train.step import LossSum, Stepper
 from zhibei.train.token_loss import token_loss
@@ -44,6 +46,8 @@ class Ready:
     rows: PreparedSet
     batches: Batches
     heldout: Batches | None
+    plan: Settled
+    """Memory and time as they were planned for this machine."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ def read_rows(
     rows = prepare(run, tokenizer, template, progress=on_rows)
     if on_audit is not None:
         on_audit(rows)
+    settled = settled_on(device, run, rows)
+    resolved = with_planned(resolved, settled.values)
+    run = resolved.run
     batches, heldout = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
     planned = {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)}
     return Ready(
@@ -115,6 +122,7 @@ def read_rows(
         rows=rows,
         batches=batches,
         heldout=heldout,
+        plan=settled,
     )
 
 
@@ -133,7 +141,8 @@ def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, LossSum]:
     """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the loss without
     label smoothing and z-loss, which is what held-out figures mean."""
     compiled = compile_layers(model, run.model.compile)
-    checkpoint_activations(model, run.model.activation_checkpointing, compiled=compiled)
+    how = run.model.activation_checkpointing
+    checkpoint_activations(model, "none" if how == "auto" else how, compiled=compiled)
     plain = TokenLoss(softcap=model.head_shape.softcap, logit_scale=model.head_shape.scale, compiled=compiled)
     shaped = replace(plain, label_smoothing=run.sft.label_smoothing, z_loss=run.sft.z_loss)
     optimizer = make_optimizer(model.trainable(), run.sft)
@@ -156,6 +165,8 @@ def plan_without_model(
         "held_out_rows": len(rows.heldout),
         "tokens_per_epoch": int(rows.train.lengths.sum()),
         "optimiser_steps": batches.num_steps,
+        "micro_batch_tokens": run.sft.tokens_per_pass,
+        "activation_checkpointing": run.model.activation_checkpointing,
         "passes_in_first_step": len(batches.micro_batches(0)),
         "learning_rate": run.sft.learning_rate,
         "evaluate_every": run.sft.evaluate_every,
@@ -173,7 +184,7 @@ def make_batches(
     """Training batches, and held-out ones when there are held-out rows."""
     plan = BatchPlan(
         global_batch=run.sft.global_batch,
-        micro_batch_tokens=run.sft.micro_batch_tokens,
+        micro_batch_tokens=run.sft.tokens_per_pass,
         packing=run.data.packing,
         shuffle=run.data.shuffle,
         group_by_length=run.data.group_by_length,

@@ -29,6 +29,7 @@ from zhibei.store.manifest import (
 )  # fmt: skip
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
+from zhibei.train.planning import write_plan
 from zhibei.train.resume import Progress, restore
 
 MAY_CHANGE = (
@@ -38,12 +39,13 @@ MAY_CHANGE = (
 
 
 def open_new(run_dir: RunDir, materials: Materials, manifest: Mapping[str, Any]) -> Progress:
-    """Write run.yaml, resolved.yaml, manifest.json, audit.json and ledger.jsonl; returns fresh counters."""
+    """Write run.yaml, resolved.yaml, manifest.json, plan.json, audit.json and ledger.jsonl; returns fresh counters."""
     write_text_atomic(run_dir.run_file, materials.resolved.text)
     write_resolved(materials.resolved, run_dir.resolved)
     previews = preview_rows(materials.rows.train, materials.tokenizer)
     write_json_atomic(run_dir.audit, {**materials.rows.audit, "previews": previews})
     write_ledger(run_dir.ledger, materials.rows.ledger)
+    write_plan(run_dir.plan, materials.plan)
     write_manifest(run_dir.path, manifest)
     return Progress(run_id=manifest["run_id"], key=materials.rows.key)
 

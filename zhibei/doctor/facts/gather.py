@@ -168,7 +168,9 @@ def planned_by_rows(resolved: ResolvedRun, rows: PreparedSet) -> ResolvedRun:
         len(rows.train),
         longest,
         global_batch=training.global_batch,
-        micro_batch_tokens=training.micro_batch_tokens,
+        micro_batch_tokens=max(longest, training.tokens_per_pass)
+        if training.micro_batch_tokens == "auto"
+        else training.tokens_per_pass,
     )
     num_steps = num_steps_of(
         len(rows.train),
