@@ -86,6 +86,27 @@ def test_one_bos_one_terminator_and_a_shared_prompt(tmp_path: Path) -> None:
     assert found.remarks["extra_bos"]["count"] == found.remarks["extra_terminator"]["count"] == 0
 
 
+def test_a_template_that_writes_bos_before_each_question_is_sound_and_one_inside_of_an_answer_is_not(
+    tmp_path: Path,
+) -> None:
+    tokenizer = sentencepiece_like()
+    turns = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "B?"},
+    ]
+    rows = [{"prompt": turns, "chosen": f"good {n}", "rejected": "bad"} for n in range(4)]
+    sound = made(rows, tmp_path, tokenizer=tokenizer, template="llama2", validation=0)
+    assert row(sound.train.sides["chosen"], 0).count(tokenizer.bos_id or -1) == 2
+    assert sound.remarks["extra_bos"]["count"] == 0
+    spelt = [*rows, {"prompt": "C?", "chosen": f"{tokenizer.bos}good", "rejected": "bad"}]
+    kept = made(spelt, tmp_path, tokenizer=tokenizer, special_tokens_in_text="keep", validation=0)
+    assert kept.remarks["extra_bos"]["count"] == 1
+    ended = [*rows, {"prompt": "C?", "chosen": f"good{tokenizer.eos}", "rejected": "bad"}]
+    twice = made(ended, tmp_path, tokenizer=tokenizer, special_tokens_in_text="keep", validation=0)
+    assert twice.remarks["extra_terminator"]["count"] == 1
+
+
 def test_only_the_compared_answer_is_learned(tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "A?"},

@@ -200,7 +200,7 @@ def _remarks_of_sides(records: Sequence[Record], sides: dict[str, Chunk], *, wor
         tails = [row[-2 * len(ends) :].tolist() if ends else [] for row in rows]
         found.append(
             {
-                "extra_bos": places_of(records, chunk.facts["bos"] > 1, name),
+                "extra_bos": places_of(records, extra_bos(chunk, wording.tokenizer.bos_id), name),
                 "extra_terminator": places_of(records, [bool(ends) and tail == ends * 2 for tail in tails], name),
                 "missing_terminator": places_of(
                     records, chunk.facts["terminators_supervised"] < chunk.facts["answers"], name
@@ -208,6 +208,16 @@ def _remarks_of_sides(records: Sequence[Record], sides: dict[str, Chunk], *, wor
             }
         )
     return joined(found)
+
+
+def extra_bos(chunk: Chunk, bos: int | None) -> np.ndarray:
+    """bool [R]: a BOS inside of the answer, or two at the beginning. Some templates write one before each question,
+    so their number alone is no fault."""
+    if bos is None:
+        return np.zeros(len(chunk.lengths), dtype=bool)
+    row_N = np.repeat(np.arange(len(chunk.lengths)), chunk.lengths)
+    is_inside = np.bincount(row_N[(chunk.tokens == bos) & chunk.supervised], minlength=len(chunk.lengths)) > 0
+    return is_inside | np.array([row[:2].tolist() == [bos, bos] for row in rows_in(chunk)], dtype=bool)
 
 
 def _remarks_of_pairs(records: Sequence[Record], sides: dict[str, Chunk], *, wording: Wording) -> dict[str, Remark]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from zhibei.config.errors import UserError
-from zhibei.data.answers import AnswerChunk, Numbered, chosen_rows, places_of
+from zhibei.data.answers import AnswerChunk, Numbered, chosen_rows, extra_bos, places_of
 from zhibei.data.encode import Chunk, Wording, join_chunks, ledger_entry, row_id, with_system
 from zhibei.data.records import Conversation, Judged, Preference, Prompt, Record
 from zhibei.data.remarks import asked_of, said_hash, suspicions
@@ -46,7 +46,7 @@ def encode_prompts(numbered: Sequence[Numbered], wording: Wording) -> AnswerChun
         asked=list(chunk.asked),
         ledger=ledger,
         num_read=len(numbered),
-        remarks={"extra_bos": places_of(records, chunk.facts["bos"] > 1)},
+        remarks={"extra_bos": places_of(records, extra_bos(chunk, wording.tokenizer.bos_id))},
         suspicious=suspicions(record for _, _, record in numbered),
     )
 

@@ -28,7 +28,7 @@ def _pairs(facts: Facts) -> PairFacts | None:
     ],
 )
 def dpo_bos_in_completion(facts: Facts) -> Iterable[Finding]:
-    """A row of a pair holds more than one BOS token.
+    """A BOS token stands inside of an answer, or twice at the beginning of a row.
 
     Why: Where prompt and answer are tokenised apart with special tokens on, a BOS stands in the middle. The model has
     never seen one there, and the log-probabilities that are compared are those of a malformed row.
@@ -36,7 +36,7 @@ def dpo_bos_in_completion(facts: Facts) -> Iterable[Finding]:
     Fix: Here prompt and answer are one text and one tokenisation. If a BOS still stands inside, the text or the chat
     template spells it: remove it there.
 
-    成对数据的一行里有不止一个 BOS。
+    BOS 出现在回答里面，或在行首连出现两次。
 
     为何：若提示与回答分别分词且都加特殊词元，中间就会多出一个 BOS。模型从未在那里见过它，
     用来比较的对数概率便是畸形序列的概率。
@@ -46,7 +46,7 @@ def dpo_bos_in_completion(facts: Facts) -> Iterable[Finding]:
     pairs = facts.pairs
     if pairs is not None and pairs.extra_bos.count:
         yield Finding(
-            what=f"{pairs.extra_bos.count:,} rows hold more than one BOS token",
+            what=f"{pairs.extra_bos.count:,} rows hold a BOS token inside of the answer or two at the beginning",
             where=first_place(pairs.extra_bos, "data.sources"),
             to_do="remove the BOS from the text, or choose a template that writes it once (`zhibei data templates`)",
             evidence=pairs.extra_bos.places,
