@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "zhibei.cli.config:config",
         "Show the effective run file and where each value comes from.",
     ),
-    "check": ("zhibei.cli.check:check", "Find everything that is known to be wrong with a run before it runs."),
+    "check": ("zhibei.cli.check:check", "Find everything that is known to be wrong with a run."),
     "doctor": ("zhibei.cli.doctor:doctor", "Try what this machine can do, and say what is broken."),
     "rehearse": ("zhibei.cli.rehearse:rehearse", "Try a run for a minute: two steps, a save, all read back."),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("zhibei.cli.plan:plan", "Memory, disk, time and money of a run, and how to make it fit."),
     "verify": ("zhibei.cli.verify:verify", "Prove that a run, a checkpoint, a model or an adapter folder is complete."),
     "explain": ("zhibei.cli.explain:explain", "Name the pitfall behind a log or traceback of any program."),
-    "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits, and how each is caught."),
+    "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }

@@ -41,9 +41,9 @@ def check(
     area: str = "",
     json: bool = False,
 ) -> int:
-    """Find everything that is known to be wrong with a run, before any weight is loaded.
+    """Find everything that is known to be wrong with a run.
 
-    Leaves with exit code 2 when a finding would stop the run.
+    No weights are loaded. Leaves with exit code 2 when a finding would stop the run.
 
     Examples:
 

@@ -34,7 +34,9 @@ def pitfalls(
     lang: Literal["en", "zh", ""] = "",
     json: bool = False,
 ) -> None:
-    """Read about the known pits: what goes wrong, why, what to do, and how zhibei catches it.
+    """Read about the known pits.
+
+    Each page says what goes wrong, why, what to do, and how zhibei catches it.
 
     Examples:
 
