@@ -64,7 +64,7 @@ def exploding_loss(past: History) -> Sighting | None:
         return None
     return Sighting(
         f"the loss is {now:.3g}, and was down at {low:.3g}",
-        "lower the learning rate or lengthen the warm-up, and resume an earlier checkpoint or start anew",
+        "start a new run with a lower learning rate or a longer warm-up; resuming repeats these steps",
         (*_newest(past), f"scatter of the steps before {scatter:.3g}"),
         is_worth_saving=False,
     )
