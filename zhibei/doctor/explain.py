@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from zhibei.doctor.error_patterns import ErrorPattern, PatternIndex, same_quotes
-from zhibei.doctor.log_figures import FigureWatch, record_of
+from zhibei.doctor.log_figures import record_of
 from zhibei.doctor.log_lines import LOOK_AHEAD, Piece, open_log, owner_of, read_pieces, shown, without_owner
 from zhibei.doctor.pitfall import Pitfall
 from zhibei.doctor.resemblance import resembling
-from zhibei.doctor.verdict import EXCEPTION, Candidate, Evidence, Explanation, Force, OwnMessage, judge
+from zhibei.doctor.verdict import EXCEPTION, Evidence, Explanation, Force, Gathered, OwnMessage, judge
 
 HITS_PER_PIECE = 1000
 """So many places of one literal are tried per piece of two megabytes."""
@@ -50,22 +50,6 @@ MARKS = (
 """What may announce an exception, a message of ours, or a resumed run."""
 
 
-@dataclass(slots=True)
-class _Found:
-    """What one pass over a log gathered. `names` are those of all pitfalls."""
-
-    names: frozenset[str]
-
-    evidence: dict[str, list[Evidence]] = field(default_factory=dict)
-    errors: list[Evidence] = field(default_factory=list)
-    own: list[OwnMessage] = field(default_factory=list)
-    chains: list[int] = field(default_factory=list)
-    figures: FigureWatch = field(default_factory=FigureWatch)
-    records_seen: int = 0
-    num_lines: int = 0
-    num_bytes: int = 0
-
-
 def explain_file(path: Path, catalogue: Mapping[str, Pitfall]) -> Explanation:
     """What went wrong according to a log. Raises UserError when the file cannot be read."""
     with open_log(path) as stream:
@@ -75,7 +59,7 @@ def explain_file(path: Path, catalogue: Mapping[str, Pitfall]) -> Explanation:
 def explain_stream(stream: BinaryIO, name: str, catalogue: Mapping[str, Pitfall]) -> Explanation:
     """The same for standard input or any open binary file, read once from where it stands."""
     index = PatternIndex({one.id: one.errors for one in catalogue.values()})
-    found = _Found(frozenset(catalogue))
+    found = Gathered(frozenset(catalogue))
     opening = b""
     for piece in read_pieces(stream, name):
         _read_figures(piece, found)
@@ -83,23 +67,14 @@ def explain_stream(stream: BinaryIO, name: str, catalogue: Mapping[str, Pitfall]
         found.num_lines = piece.numbers[-1] if piece.numbers else found.num_lines
         found.num_bytes += sum(map(len, piece.lines[piece.start : piece.stop])) + piece.stop - piece.start
         opening = opening or b"\n".join(piece.lines[:20])[:4000]
-    explanation = judge(
-        name,
-        catalogue,
-        evidence=found.evidence,
-        errors=found.errors,
-        own=found.own,
-        chains=found.chains,
-        signatures=tuple(found.figures.signatures()),
-        size=(found.num_lines, found.num_bytes),
-    )
+    explanation = judge(name, found, catalogue)
     if explanation.cause or explanation.own or found.records_seen:
         return explanation
     description = opening.decode("utf-8", "replace") if found.num_bytes < len(opening) + 20 else ""
     return replace(explanation, resembling=tuple(resembling(description, catalogue)))
 
 
-def _read_figures(piece: Piece, found: _Found) -> None:
+def _read_figures(piece: Piece, found: Gathered) -> None:
     lines, is_repeat = piece.lines, piece.is_repeat
     for index in range(piece.start, piece.stop):
         line = lines[index]
@@ -113,7 +88,7 @@ def _read_figures(piece: Piece, found: _Found) -> None:
             found.figures.resumed(piece.numbers[index])
 
 
-def _search(piece: Piece, index: PatternIndex, found: _Found) -> None:
+def _search(piece: Piece, index: PatternIndex, found: Gathered) -> None:
     """Every pattern in every line that is not a repeat."""
     read = [number for number in range(piece.start, piece.stop) if not piece.is_repeat[number]]
     if not read:
@@ -169,7 +144,7 @@ def _original(piece: Piece, line: int) -> str:
 
 
 def _try_pattern(
-    pattern: ErrorPattern, literal: bytes, piece: Piece, line: int, texts: dict[int, str], found: _Found
+    pattern: ErrorPattern, literal: bytes, piece: Piece, line: int, texts: dict[int, str], found: Gathered
 ) -> None:
     text = _text(piece, line, texts)
     first = last = line
@@ -224,7 +199,7 @@ def force_of(text: str) -> Force:
     return "error" if TROUBLE.search(text) else "plain"
 
 
-def _note_error(piece: Piece, line: int, texts: dict[int, str], found: _Found) -> None:
+def _note_error(piece: Piece, line: int, texts: dict[int, str], found: Gathered) -> None:
     """Remember exceptions, crashes and messages of ours, so that what nobody knows is not passed over."""
     text = _text(piece, line, texts)
     if text.startswith("to do:") and line >= 2:
@@ -243,7 +218,7 @@ def _note_error(piece: Piece, line: int, texts: dict[int, str], found: _Found) -
         found.errors.append(Evidence(piece.numbers[line], text[:600], kind))
 
 
-def _note_name(piece: Piece, line: int, name: str, texts: dict[int, str], found: _Found) -> None:
+def _note_name(piece: Piece, line: int, name: str, texts: dict[int, str], found: Gathered) -> None:
     """A finding of ours names its pitfall; its heading says how bad it is."""
     is_error = True
     for before in range(line, max(-1, line - 30), -1):
@@ -254,6 +229,3 @@ def _note_name(piece: Piece, line: int, name: str, texts: dict[int, str], found:
     text = _original(piece, line)[:600]
     evidence = Evidence(piece.numbers[line], text, "error" if is_error else "warning", NAME_WEIGHT)
     found.evidence.setdefault(name, []).insert(0, evidence)
-
-
-__all__ = ["Candidate", "Explanation", "explain_file", "explain_stream", "force_of"]

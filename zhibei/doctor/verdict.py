@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from zhibei.doctor.log_figures import Signature
+from zhibei.doctor.log_figures import FigureWatch, Signature
 from zhibei.doctor.pitfall import Pitfall
 
 Force = Literal["error", "exit", "warning", "plain", "frame", "figures"]
@@ -23,6 +23,8 @@ EXCEPTION = re.compile(
     r"|NotFound|Failure)|StopIteration|Exception))(?:\(|:(?: |$)|$)"
 )
 GENERAL_AREA = "messages"
+REMARK, NEVER = 6.0, 9.0
+"""Tiers of what sound programs say too, and of nothing."""
 CONSEQUENCES = frozenset({"nccl-timeout-rank0-tokenising", "child-process-failed", "other-rank-died"})
 """What a job shows after another of its processes has died; a cause only where nothing else is."""
 HARMLESS = frozenset({"ignorable-missing-inv-freq", "notice-without-harm"})
@@ -93,6 +95,22 @@ class OwnMessage:
         return {"line": self.line, "what": self.what, "expected": self.expected, "fix": self.fix}
 
 
+@dataclass(slots=True)
+class Gathered:
+    """What one pass over a log gathered. `names` are those of all pitfalls; `chains` the lines that say that one
+    exception led to the next."""
+
+    names: frozenset[str]
+    evidence: dict[str, list[Evidence]] = field(default_factory=dict)
+    errors: list[Evidence] = field(default_factory=list)
+    own: list[OwnMessage] = field(default_factory=list)
+    chains: list[int] = field(default_factory=list)
+    figures: FigureWatch = field(default_factory=FigureWatch)
+    records_seen: int = 0
+    num_lines: int = 0
+    num_bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A pitfall and what speaks for it; `says` is what its numbers mean, "" when a message names it."""
@@ -121,50 +139,52 @@ class Explanation:
     num_bytes: int = 0
 
 
-def judge(
-    source: str,
-    catalogue: Mapping[str, Pitfall],
-    *,
-    evidence: Mapping[str, Sequence[Evidence]],
-    errors: Sequence[Evidence],
-    own: Sequence[OwnMessage],
-    signatures: Sequence[Signature],
-    chains: Sequence[int],
-    size: tuple[int, int],
-) -> Explanation:
-    """Rank what was found and say what it amounts to. `chains`: lines that say that one exception led to the next."""
-    unknown = _roots(errors, evidence)
+def judge(source: str, found: Gathered, catalogue: Mapping[str, Pitfall]) -> Explanation:
+    """Rank what was gathered and say what it amounts to."""
+    unknown = _roots(found.errors, found.evidence)
+    ranked = _ranked(found, catalogue, unknown)
+    candidates = tuple(candidate for _, candidate in ranked)
+    tier = ranked[0][0][0] if ranked else NEVER
+    harmless = tuple(
+        Candidate(catalogue[name], 0.9, tuple(lines[:3])) for name, lines in found.evidence.items() if name in HARMLESS
+    )
+    rest = Explanation(
+        source,
+        "nothing",
+        others=candidates[:5],
+        harmless=harmless,
+        unknown=tuple(unknown[:3]),
+        own=tuple(found.own),
+        num_lines=found.num_lines,
+        num_bytes=found.num_bytes,
+    )
+    if tier < 2 or (tier < 4 and not unknown) or (tier < 5 and not unknown and not found.own):
+        return replace(rest, verdict="known", cause=candidates[0], others=_fainter(candidates))
+    return replace(rest, verdict="own" if found.own else "unknown" if unknown else "nothing")
+
+
+def _ranked(
+    found: Gathered, catalogue: Mapping[str, Pitfall], unknown: Sequence[Evidence]
+) -> list[tuple[tuple[float, ...], Candidate]]:
+    """All candidates, the likeliest first; a key is (tier, line, -how specific, -how often)."""
     ranked: list[tuple[tuple[float, ...], Candidate]] = []
-    harmless: list[Candidate] = []
-    notices = {one.line for name in HARMLESS for one in evidence.get(name, ())}
-    for name, lines in evidence.items():
+    notices = {one.line for name in HARMLESS for one in found.evidence.get(name, ())}
+    for name, lines in found.evidence.items():
         if name in HARMLESS:
-            harmless.append(Candidate(catalogue[name], 0.9, tuple(lines[:3])))
             continue
-        tier, best = min(
-            ((_tier(name, one, catalogue, unknown), one) for one in lines), key=lambda pair: (pair[0], pair[1].line)
-        )
-        tier = _tier_by_company(name, tier, best, evidence, catalogue)
+        tiers = [(_tier(name, one, catalogue, unknown), one.line, one) for one in lines]
+        tier, _, best = min(tiers, key=lambda one: one[:2])
+        tier = _tier_by_company(name, tier, best, found.evidence, catalogue)
         is_remark = name in NOTICED_ONLY and not is_exception(best.text)
         if is_remark or (tier >= 2 and (name in HINTS or best.line in notices)):
-            tier = 6.0
+            tier = REMARK
         says = (best, *(one for one in lines if one is not best))
         key = (tier, best.line, -best.weight, -len(lines))
         ranked.append((key, Candidate(catalogue[name], _confidence(tier), says[:3])))
-    ranked = _in_order(ranked, chains)
-    ranked += _by_figures(signatures, catalogue, {candidate.pitfall.id for _, candidate in ranked})
-    ranked.sort(key=lambda pair: pair[0])
-    ranked = _most_specific_first(ranked)
-    candidates = tuple(candidate for _, candidate in ranked)
-    best_tier = ranked[0][0][0] if ranked else 9.0
-    common = {"harmless": tuple(harmless), "own": tuple(own), "num_lines": size[0], "num_bytes": size[1]}
-    if candidates and (best_tier < 2 or (best_tier < 4 and not unknown) or (best_tier < 5 and not unknown and not own)):
-        return Explanation(source, "known", candidates[0], _fainter(candidates), unknown=tuple(unknown[:3]), **common)
-    if own:
-        return Explanation(source, "own", None, candidates[:5], **common)
-    if unknown:
-        return Explanation(source, "unknown", None, candidates[:5], unknown=tuple(unknown[:3]), **common)
-    return Explanation(source, "nothing", None, candidates[:5], **common)
+    ranked = _in_order(ranked, found.chains)
+    named = {candidate.pitfall.id for _, candidate in ranked}
+    ranked += _by_figures(tuple(found.figures.signatures()), catalogue, named)
+    return _most_specific_first(sorted(ranked, key=lambda pair: pair[0]))
 
 
 def _in_order(

@@ -55,6 +55,7 @@ def checkpoint_rename_race() -> None:
     errors=[
         r"FileNotFoundError.{0,200}checkpoint-\d+.{0,200}(rmtree|_rotate_checkpoints)",
         r"_rotate_checkpoints[\s\S]{0,3000}FileNotFoundError",
+        r"FileNotFoundError.{0,60}(?:delet|remov|rotat)\w* .{0,60}checkpoint-\d+",
     ],
     sources=[
         "https://github.com/huggingface/transformers/issues/20988",

@@ -139,7 +139,8 @@ def legacy_flag_changes_between_versions(facts: Facts) -> Iterable[Finding]:
     "tokenizer",
     cost="run",
     errors=[
-        r"bos_token_id.{0,40}(?:-1|0).{0,80}eos_token_id.{0,40}\b1\b",
+        r"bos_token_id\W{1,4}(?:-1|0)\b.{0,80}eos_token_id\W{1,4}1\b",
+        r"tokenization mismatch: \d+ vs",
         r"pad_token_id. should be positive but got -?\d",
     ],
     sources=[
