@@ -34,7 +34,8 @@ def conversations_without_chat_template(facts: Facts) -> Iterable[Finding]:
     分词器没有聊天模板，多轮对话于是用了单任务模板来训练。
 
     为何：基座模型的分词器常常没有聊天模板。有的程序把各轮直接拼在一起而没有分界，有的则停下。这里的
-    `data.template: auto` 会退回到 alpaca：它会标出每一轮并结束每个回答，但它是为一问一答设计的，面向对话的模板更能说明谁在说话。
+    `data.template: auto` 会退回到 alpaca：它会标出每一轮并结束每个回答，但它是为一问一答设计的，
+    面向对话的模板更能说明谁在说话。
 
     办法：指定为对话设计的模板，例如 data.template: vicuna；若确实要用 alpaca，请写明 data.template: alpaca。
     """
