@@ -45,7 +45,14 @@ def cross_entropy_sum(
     memory is one chunk of logits instead of N x V, and no logits are computed twice.
     """
     # A Function is told which inputs require gradients even where none are recorded; held-out losses need none.
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, loss, torch.is_grad_enabled())
+    asked = _Asked(loss, with_gradient=torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    loss: TokenLoss
+    with_gradient: bool
 
 
 def _chunk_loss_and_gradient(
@@ -106,9 +113,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
-        loss: TokenLoss,
-        with_gradient: bool,
+        asked: _Asked,
     ) -> torch.Tensor:
+        loss, with_gradient = asked.loss, asked.with_gradient
         wants_hidden, wants_head, wants_bias = (needed and with_gradient for needed in ctx.needs_input_grad[:3])
         chunk_step = _compiled_chunk() if loss.compiled else _chunk_loss_and_gradient
         total = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -142,4 +149,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # In place: a scaled copy of the head's fp32 gradient would be the peak of many a step.
             return None if gradient is None else gradient.mul_(scale).to(ctx.head_dtype)
 
-        return scaled(grad_hidden_ND), scaled(grad_head_VD), scaled(grad_bias_V), None, None, None
+        return scaled(grad_hidden_ND), scaled(grad_head_VD), scaled(grad_bias_V), None, None

@@ -253,12 +253,8 @@ def _adapters(shape: ModelShape, how: Execution) -> float:
     """The result of each adapter's inner matrix."""
     if how.trains_weights:
         return 0.0
-    return num_adapted(shape, how) / max(1, shape.num_layers) * how.rank * how.item_bytes
-
-
-def num_adapted(shape: ModelShape, how: Execution) -> int:
-    """Linears that carry an adapter, in all layers."""
-    return sum(1 for linear in shape.linears() if linear.last_name in how.adapted)
+    adapted = [linear for linear in shape.layer_linears(shape.num_layers // 2) if linear.last_name in how.adapted]
+    return len(adapted) * how.rank * how.item_bytes
 
 
 def _compiled(shape: ModelShape, how: Execution, row_tokens: int) -> Kept:
@@ -315,14 +311,14 @@ def _partition(shape: ModelShape, how: Execution, row_tokens: int, *, stage: int
 
 def _selective(shape: ModelShape, how: Execution, row_tokens: int) -> Kept:
     """Not compiled: the layer's input and the results of matrix products and attention (`_keep_expensive`)."""
-    item, layer = how.item_bytes, max(1, shape.num_layers)
+    item = how.item_bytes
     kept = Kept()
     kept.add("layer inputs", shape.hidden * item)
-    linears = shape.linears()
-    kept.add("results of linears", sum(linear.outputs for linear in linears) / layer * item)
+    linears = shape.layer_linears(shape.num_layers // 2)
+    kept.add("results of linears", sum(linear.outputs for linear in linears) * item)
     if not how.trains_weights:
         adapted = [linear for linear in linears if linear.last_name in how.adapted]
-        kept.add("adapters", sum(linear.outputs + how.rank for linear in adapted) / layer * item)
+        kept.add("adapters", sum(linear.outputs + how.rank for linear in adapted) * item)
     kept.add("attention results", shape.query_width * item + 4 * shape.num_heads)
     if shape.num_experts:
         kept.add("MLP", shape.experts_per_token * item * (2 * shape.expert_width + shape.hidden))

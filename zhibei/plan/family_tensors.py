@@ -123,13 +123,12 @@ def llama_layer(
     head_norms: str | bool = False,
     norms: tuple[str, ...] = TWO_NORMS,
     norm_bias: bool = False,
-    bias_default: bool = False,
 ) -> Callable[[Config, int], Tensors]:
     """q, k, v, o and a gated MLP with norms around; a text names the config's switch, a bool is fixed."""
 
     def tensors(c: Config, _number: int) -> Tensors:
         def switch(value: str | bool) -> bool:
-            return value if isinstance(value, bool) else c.flag(value, bias_default)
+            return value if isinstance(value, bool) else c.flag(value)
 
         return {
             **_attention(c, qkv_bias=switch(qkv_bias), out_bias=switch(out_bias), head_norms=switch(head_norms)),

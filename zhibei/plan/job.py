@@ -103,6 +103,16 @@ class Job:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What can be chosen without changing what is learned."""
+
+    micro_batch_tokens: int
+    checkpointing: str = "none"
+    sharding: Sharding = "no_shard"
+    offload: Offload = "none"
+
+
 def precision_on(asked: str, gpu: Gpu | None) -> str:
     """What `auto` becomes on a card (model/device.py): bf16 where it has it, fp16 on older ones, fp32 on a CPU."""
     if asked != "auto":
@@ -135,13 +145,10 @@ def job_of(
     shape: ModelShape,
     machine: Machine,
     rows: Rows,
-    *,
-    micro_batch_tokens: int,
-    checkpointing: str,
-    sharding: Sharding = "no_shard",
-    offload: Offload = "none",
+    ways: Ways,
 ) -> Job:
-    """The job of a run file on a machine, with the micro-batch and the checkpointing given (they may be planned)."""
+    """The job of a run file on a machine, with the choices that may be planned given."""
+    micro_batch_tokens, sharding = ways.micro_batch_tokens, ways.sharding
     gpu = machine.smallest_gpu
     precision = precision_on(run.model.precision, gpu)
     is_lora = run.model.method != "full"
@@ -161,7 +168,7 @@ def job_of(
         quantize="nf4" if run.model.method == "qlora" and run.model.quantize == "none" else run.model.quantize,
         precision=precision,
         optimizer=section.optimizer,
-        checkpointing=checkpointing,
+        checkpointing=ways.checkpointing,
         is_compiled=gpu is not None if run.model.compile == "auto" else bool(run.model.compile),
         packing=run.data.packing,
         attention=attention_on(run.model.attention, gpu, packing=run.data.packing, precision=precision, shape=shape),
@@ -175,7 +182,7 @@ def job_of(
         rollout_batch=ppo.rollout_batch,
         max_new_tokens=ppo.max_new_tokens,
         sharding=sharding,
-        offload=offload,
+        offload=ways.offload,
         num_gpus=num_gpus,
         gpus_per_node=max(1, len(machine.gpus)),
         on_gpu=gpu is not None,

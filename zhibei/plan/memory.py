@@ -98,48 +98,50 @@ def device_gib(tensors_gib: float) -> float:
     return tensors_gib * (1 + RESERVE_SHARE) + CONTEXT_GIB
 
 
-def plan_memory(shape: ModelShape, job: Job, machine: Machine, *, disk: DiskPlan | None = None) -> MemoryPlan:
-    """The prediction with what the machine has."""
+def plan_memory(
+    shape: ModelShape, job: Job, machine: Machine, *, held: Holdings | None = None, disk: DiskPlan | None = None
+) -> MemoryPlan:
+    """The prediction with what the machine has. `held` spares working the holdings out again."""
     gpu = machine.smallest_gpu
     capacity = None
     if gpu is not None:
         capacity = gpu.memory_gib if gpu.free_gib is None else gpu.free_gib
     free = machine.host_free_gib or machine.host_gib or None
-    return replace(predict(shape, job), disk=disk, capacity_gib=capacity, host_capacity_gib=free)
+    return replace(predict(shape, job, held), disk=disk, capacity_gib=capacity, host_capacity_gib=free)
 
 
-def predict(shape: ModelShape, job: Job) -> MemoryPlan:
+def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> MemoryPlan:
     """Peak memory of every phase."""
-    whole = holdings_of(shape, job)
+    whole = held or holdings_of(shape, job)
     part = divided(shape, job, whole)
-    held = part.held
+    mine = part.held
     always: Causes = {
-        "weights": held.weights,
-        "adapters": held.adapters,
-        "master weights": held.masters,
-        "optimiser states": held.states,
+        "weights": mine.weights,
+        "adapters": mine.adapters,
+        "master weights": mine.masters,
+        "optimiser states": mine.states,
         "gathered layers": part.gathered,
         "workspaces": WORKSPACE_BYTES * job.on_gpu,
-        **stage_extras(shape, job, held),
+        **stage_extras(shape, job, mine),
     }
-    before_update = {**always, "optimiser states": 0} if held.states_from_first_update else always
-    moments = list(moments_of(shape, job, held))
+    before_update = {**always, "optimiser states": 0} if mine.states_from_first_update else always
+    moments = list(moments_of(shape, job, mine))
     first = [_with(before_update, moment) for moment in moments if moment.name != "update"]
-    first.append(_with(before_update, Moment("update", update(job, held, is_first=True))))
+    first.append(_with(before_update, Moment("update", update(job, mine, is_first=True))))
     steady = [_with(always if moment.name != "update" else before_update, moment) for moment in moments]
     phases = [
-        Phase("load", "checking that weights are finite", _shown(_load(before_update, job, held))),
+        Phase("load", "checking that weights are finite", _shown(_load(before_update, job, mine))),
         _heaviest("first step", first),
         _heaviest("steady", steady),
         _heaviest("evaluation", [_with(always, moment) for moment in _evaluation(shape, job)]),
-        Phase("save", "one tensor is checked", _shown({**always, "checks": _finite(job, held.largest_trained)})),
-        Phase("proof", "the written model beside the trained one", _shown(_proof(always, job, held))),
+        Phase("save", "one tensor is checked", _shown({**always, "checks": _finite(job, mine.largest_trained)})),
+        Phase("proof", "the written model beside the trained one", _shown(_proof(always, job, mine))),
     ]
     if job.trains_adapters:
         merged: Causes = {
-            "weights": held.weights,
-            "adapters": held.adapters,
-            "checks": 3 * job.item_bytes * held.largest,
+            "weights": mine.weights,
+            "adapters": mine.adapters,
+            "checks": 3 * job.item_bytes * mine.largest,
         }
         phases.append(Phase("merge", "adapters are added to one matrix after the other", _shown(merged)))
     host = host_bytes(shape, job, whole, on_host=part.on_host, tensors=max(phase.gib for phase in phases) * GIB)

@@ -6,13 +6,13 @@ fastest by `speed_of`. When nothing fits, `what_would_fit` says which card, numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from zhibei.config.run import TOKENS_PER_PASS, RunFile
 from zhibei.plan.disk import disk_of
-from zhibei.plan.holdings import holdings_of
-from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, job_of
+from zhibei.plan.holdings import Holdings, holdings_of
+from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, Ways, job_of
 from zhibei.plan.machines import Machine, parse_machine
 from zhibei.plan.memory import MemoryPlan, plan_memory
 from zhibei.plan.shapes import ModelShape
@@ -36,6 +36,16 @@ class Wishes:
     checkpointing: str | None = None
     sharding: Sharding | None = None
     offload: Offload | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which run, model, machine and rows are planned."""
+
+    run: RunFile
+    shape: ModelShape
+    machine: Machine
+    rows: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +111,7 @@ def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes
     wishes = wishes or wishes_of(run)
     steps = total_steps(run, rows)
     tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
-    candidates = list(_candidates(run, shape, machine, rows, wishes, steps or 1))
+    candidates = list(_candidates(Question(run, shape, machine, rows), wishes, steps or 1))
     fitting = sorted((each for each in candidates if each.fits), key=_slowness)
     smallest = sorted(candidates, key=_overflow)
     ordered = fitting or smallest
@@ -146,21 +156,16 @@ def _kind(candidate: Candidate) -> tuple[str, str, str]:
     return candidate.job.checkpointing, candidate.job.sharding, candidate.job.offload
 
 
-def _candidates(
-    run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes: Wishes, steps: int
-) -> Iterator[Candidate]:
-    on_gpu = bool(machine.gpus)
+def _candidates(question: Question, wishes: Wishes, steps: int) -> Iterator[Candidate]:
+    machine, rows = question.machine, question.rows
+    on_gpu, known = bool(machine.gpus), {}
     for sharding in _choices(wishes.sharding, SHARDINGS if machine.num_gpus > 1 else ("no_shard",)):
         if sharding == "hybrid" and machine.num_nodes < 2 and wishes.sharding is None:
             continue
         for offload in _choices(wishes.offload, OFFLOADS if on_gpu else ("none",)):
             for how in _choices(wishes.checkpointing, CHECKPOINTINGS if on_gpu else (CPU_CHECKPOINTING,)):
-                for budget in budgets_of(run, rows, wishes, on_gpu=on_gpu):
-                    job = job_of(
-                        run, shape, machine, rows,
-                        micro_batch_tokens=budget, checkpointing=how, sharding=sharding, offload=offload,
-                    )  # fmt: skip
-                    yield candidate_of(run, shape, machine, rows, job, budget=budget, steps=steps)
+                for budget in budgets_of(question.run, rows, wishes, on_gpu=on_gpu):
+                    yield candidate_of(question, Ways(budget, how, sharding, offload), known, steps=steps)
 
 
 def _choices(wish: str | None, every: tuple) -> tuple:
@@ -178,18 +183,20 @@ def budgets_of(run: RunFile, rows: Rows, wishes: Wishes, *, on_gpu: bool) -> lis
     return [*found, most] if most <= BUDGETS[-1] or not found else found
 
 
-def candidate_of(
-    run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, job: Job, *, budget: int, steps: int
-) -> Candidate:
-    """Memory, disk and speed of one job."""
+def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | None], *, steps: int) -> Candidate:
+    """Memory, disk and speed of one way. `known` keeps the holdings, by whether a step has several passes."""
+    run, shape, machine, rows = question.run, question.shape, question.machine, question.rows
     section = run.training
-    held = holdings_of(shape, job)
+    job = job_of(run, shape, machine, rows, ways)
+    key = job.num_passes > 1
+    held = known.setdefault(key, None) or holdings_of(shape, job)
+    known[key] = held
     disk = disk_of(
         job, held, rows, num_steps=steps, keep_checkpoints=section.keep_checkpoints, keep_best=section.keep_best
     )
-    memory = plan_memory(shape, job, machine, disk=disk)
+    memory = plan_memory(shape, job, machine, held=held, disk=disk)
     speed = speed_of(shape, job, machine, tokens_per_step=section.global_batch * rows.mean_tokens)
-    return Candidate(budget, memory, speed)
+    return Candidate(ways.micro_batch_tokens, memory, speed)
 
 
 def what_would_fit(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) -> list[str]:
@@ -223,9 +230,3 @@ def what_would_fit(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows
         if search(run, shape, machine, shorter, wishes).chosen.fits:
             found.append("data.max_tokens: 512 on this machine")
     return found
-
-
-def as_words(plan: MemoryPlan) -> Mapping[str, float]:
-    """GiB by cause at the peak, largest first."""
-    causes = sorted(plan.peak.causes.items(), key=lambda item: -item[1])
-    return {name: size / 2**30 for name, size in causes}

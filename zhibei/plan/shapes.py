@@ -132,17 +132,21 @@ class ModelShape:
             for name, shape in layer.items():
                 yield f"{self.layer_prefix}.{number}.{name}", shape
 
+    def layer_linears(self, number: int) -> list[Linear]:
+        """Those of one layer."""
+        layer, found = self.layers[number], []
+        for name, shape in layer.items():
+            if len(shape) != 2 or not name.endswith(".weight") or _is_no_linear(name):
+                continue
+            outputs, inputs = shape[::-1] if self.family in CONV1D_FAMILIES else shape
+            stem = name.removesuffix(".weight")
+            full = f"{self.layer_prefix}.{number}.{stem}"
+            found.append(Linear(full, inputs, outputs, f"{stem}.bias" in layer))
+        return found
+
     def linears(self) -> list[Linear]:
         """Linear layers that can carry an adapter: all but the head, routers and fused experts."""
-        found = []
-        for number, layer in enumerate(self.layers):
-            for name, shape in layer.items():
-                if len(shape) != 2 or not name.endswith(".weight") or _is_no_linear(name):
-                    continue
-                outputs, inputs = shape[::-1] if self.family in CONV1D_FAMILIES else shape
-                stem = name.removesuffix(".weight")
-                full = f"{self.layer_prefix}.{number}.{stem}"
-                found.append(Linear(full, inputs, outputs, f"{stem}.bias" in layer))
+        found = [linear for number in range(self.num_layers) for linear in self.layer_linears(number)]
         projections = [name for name in self.outside if name.endswith(("project_in.weight", "project_out.weight"))]
         for name in projections:
             outputs, inputs = self.outside[name]
