@@ -66,6 +66,7 @@ LORA_VARIANTS = [
         value=(r"\b4096\b", r"\b(32|16|64)\b"),
         where=r"run\.yaml:\d+|lora\.rank",
         remedy="to do:.*rank",
+        may=("stopped", "warned"),
     ),
     Scenario(
         "v_l_targets_empty",

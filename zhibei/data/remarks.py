@@ -99,20 +99,18 @@ def comparisons(
     sources: Sequence[int],
     is_heldout: np.ndarray,
 ) -> dict[str, Remark]:
-    """`repeated`: rows that say what an earlier one of their side says (a row that its weight repeats is one row);
+    """`repeated`: rows that say what an earlier one says (a row that its weight repeats is one row);
     `heldout_in_training`: held-out rows that training rows say; `asked_in_training`: held-out rows whose question
     alone is asked in training."""
     train: list[int] = np.flatnonzero(~is_heldout).tolist()
     held: list[int] = np.flatnonzero(is_heldout).tolist()
     repeated = []
-    first: dict[str, str] = {}
-    for side, met in ((train, first), (held, {})):
-        origins: dict[str, tuple[int, str]] = {}
-        for row in side:
-            earlier = met.setdefault(said[row], row_ids[row])
-            mine = (sources[row], row_ids[row])
-            if origins.setdefault(said[row], mine) != mine:
-                repeated.append(_repetition(row_ids[row], earlier))
+    origins: dict[str, tuple[int, str]] = {}
+    for row, mine in enumerate(zip(sources, row_ids, strict=True)):
+        earlier = origins.setdefault(said[row], mine)
+        if earlier != mine:
+            repeated.append(_repetition(row_ids[row], earlier[1]))
+    first = {said[row]: row_ids[row] for row in reversed(train)}
     questions = {asked[row]: row_ids[row] for row in reversed(train) if asked[row]}
     leaked, known = [], []
     for row in held:

@@ -246,7 +246,7 @@ def read_adapter_facts(path: Path | str) -> AdapterFacts:
     if not weights:
         problems.append(f"only pickled weights ({pickled[0]})" if pickled else "no adapter_model.safetensors")
     scan = scan_weights(weights)
-    problems += [f"tensor {name} is not finite" for name in scan.non_finite]
+    problems += [f"tensor {name} holds NaN or infinity" for name in scan.non_finite]
     run = given if RunDir(given).manifest.is_file() else folder.parent
     manifest = _manifest_of(run)
     base = (manifest or {}).get("base")

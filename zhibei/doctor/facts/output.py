@@ -15,6 +15,9 @@ MOST_EXAMPLES = 5
 # What transformers' Trainer leaves in an output directory; its checkpoints are folders `checkpoint-500`.
 TRAINER_FILES = {"trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
+# The kernel's own views; nothing can be made there, whatever the permissions say.
+VIRTUAL_FILE_SYSTEMS = {"proc", "sysfs", "cgroup", "cgroup2", "devpts", "debugfs", "tracefs", "securityfs"}
+
 
 @dataclass(frozen=True, slots=True)
 class OutputFacts:
@@ -47,7 +50,9 @@ def read_output(run_dir: RunDir, *, resume: RunDir | None = None) -> OutputFacts
         exists=os.path.lexists(path),
         holds=holds,
         examples=tuple(sorted(entries)[:MOST_EXAMPLES]) if holds else (),
-        is_writable=place.is_dir() and os.access(place, os.W_OK | os.X_OK),
+        is_writable=place.is_dir()
+        and os.access(place, os.W_OK | os.X_OK)
+        and file_system_of(place) not in VIRTUAL_FILE_SYSTEMS,
         free_bytes=shutil.disk_usage(place).free,
         quota_free_bytes=_quota_free_bytes(place),
         free_inodes=_free_inodes(place),

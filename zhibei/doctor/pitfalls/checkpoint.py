@@ -112,11 +112,18 @@ def _free(facts: Facts) -> tuple[int, str] | None:
         described = facts.machine.disk_free_gib
         return None if described is None else (int(described * GIB), f"the disk of {facts.machine.name}")
     output = facts.output
-    if output is None or output.free_bytes is None:
+    if output is None or output.free_bytes is None or not output.is_writable:
         return None
     if output.quota_free_bytes is not None and output.quota_free_bytes < output.free_bytes:
         return output.quota_free_bytes, f"the quota on {output.place}"
     return output.free_bytes, f"the disk of {output.place} ({output.file_system or 'file system unknown'})"
+
+
+def size(num_bytes: float) -> str:
+    """`13.5 GiB`, `1.4 MiB`, `96 KiB`: small models have small checkpoints."""
+    units = ((2**30, "GiB", 1), (2**20, "MiB", 1), (2**10, "KiB", 0))
+    factor, unit, digits = next((one for one in units if num_bytes >= one[0] * 0.1), units[-1])
+    return f"{num_bytes / factor:,.{digits}f} {unit}"
 
 
 @pitfall(
@@ -156,12 +163,13 @@ def disk_full_at_checkpoint(facts: Facts) -> Iterable[Finding]:
     """
     written, free = written_by(facts), _free(facts)
     if written is not None and free is not None and free[0] < written.checkpoints:
-        needed = f"{written.most_checkpoints} checkpoints of {written.checkpoint / GIB:.2f} GiB each"
+        needed = f"{written.most_checkpoints} checkpoints of {size(written.checkpoint)} each"
+        keep = f"{facts.run.stage}.keep_checkpoints"
         yield Finding(
-            what=f"{needed} need {written.checkpoints / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
+            what=f"{needed} need {size(written.checkpoints)}, and {size(free[0])} are free",
             where=free[1],
-            to_do=f"put runs: on a disk with {written.most / GIB:.0f} GiB or more free, or lower sft.keep_checkpoints",
-            changes={f"{facts.run.stage}.keep_checkpoints": 1} if facts.run.training.keep_checkpoints > 1 else {},
+            to_do=f"put runs: on a disk with {size(written.most)} or more free, or lower {keep}",
+            changes={keep: 1} if facts.run.training.keep_checkpoints > 1 else {},
             level="stop" if free[0] < 2 * written.checkpoint else "warning",
         )
     output = facts.output
@@ -198,10 +206,10 @@ def final_consolidation_no_disk(facts: Facts) -> Iterable[Finding]:
     if written is None or free is None or not written.checkpoints <= free[0] < written.at_the_end:
         return
     yield Finding(
-        what=f"at the end {written.last_checkpoints} checkpoints of {written.checkpoint / GIB:.2f} GiB each and the "
-        f"model of {written.model / GIB:.2f} need {written.at_the_end / GIB:.2f} GiB, and {free[0] / GIB:.2f} are free",
+        what=f"at the end {written.last_checkpoints} checkpoints of {size(written.checkpoint)} each and the "
+        f"model of {size(written.model)} need {size(written.at_the_end)}, and {size(free[0])} are free",
         where=free[1],
-        to_do=f"put runs: on a disk with {written.at_the_end / GIB:.0f} GiB or more free, or save fewer checkpoints",
+        to_do=f"put runs: on a disk with {size(written.at_the_end)} or more free, or save fewer checkpoints",
     )
 
 
@@ -209,7 +217,7 @@ def final_consolidation_no_disk(facts: Facts) -> Iterable[Finding]:
     "checkpoint",
     cost="run",
     errors=[
-        r"generation config instance is invalid",
+        r"generation config instance is invalid|GenerationConfig is invalid",
         r"`do_sample` is set to `False`\. However, `(temperature|top_p|top_k|min_p|typical_p)` is set",
     ],
     sources=[
