@@ -25,11 +25,10 @@ from zhibei.doctor.facts.facts import Defect, Facts
 from zhibei.doctor.facts.machine import read_machine
 from zhibei.doctor.facts.model import AdapterFacts, ModelFacts, read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
-from zhibei.doctor.facts.planned import assumed_rows, planned
+from zhibei.doctor.facts.planned import with_plan
 from zhibei.doctor.facts.rows import read_pair_facts, read_row_facts
 from zhibei.doctor.facts.text import TokenizerFacts, num_ids_of, read_template_facts, read_tokenizer_facts
 from zhibei.model.locate import locate
-from zhibei.plan.job import rows_of_lengths
 from zhibei.plan.machines import Machine
 from zhibei.store.run_dir import RunDir
 from zhibei.text.families import find_template
@@ -265,16 +264,10 @@ def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, gathering: 
 
 
 def _with_plan(facts: Facts, rows: PreparedSet | None, parts: Parts) -> Facts:
-    """Memory by cause and phase, as the run will be trained; not known where the model's sizes are not."""
-    shape = facts.model.shape if facts.model is not None else None
-    if shape is None or facts.faults or parts.faults:
+    """Memory by cause and phase, as the run will be trained; of a run that cannot begin nothing is planned."""
+    if parts.faults:
         return facts
-    run, machine = facts.run, facts.machine
-    lengths = assumed_rows(run)
-    if rows is not None:
-        lengths = rows_of_lengths(rows.train.lengths.tolist(), global_batch=run.training.global_batch)
-    found = parts.get("plan", lambda: planned(run, shape, machine, lengths))
-    return facts if found is None else replace(facts, plan=found.chosen.memory)
+    return parts.get("plan", lambda: with_plan(facts, rows)) or facts
 
 
 def _distinct(faults: list[UserError]) -> tuple[UserError, ...]:
