@@ -175,7 +175,7 @@ def _ranked(
         tiers = [(_tier(name, one, catalogue, unknown), one.line, one) for one in lines]
         tier, _, best = min(tiers, key=lambda one: one[:2])
         tier = _tier_by_company(name, tier, best, found.evidence, catalogue)
-        is_remark = name in NOTICED_ONLY and not is_exception(best.text)
+        is_remark = name in NOTICED_ONLY and not any(is_exception(one.text) for one in lines)
         if is_remark or (tier >= 2 and (name in HINTS or best.line in notices)):
             tier = REMARK
         says = (best, *(one for one in lines if one is not best))

@@ -362,7 +362,6 @@ def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
         r"requires the SentencePiece library",
         r"requires the protobuf library|requires protobuf 3|Descriptors cannot (?:not )?be created directly",
         r"(?:tiktoken|SentencePiece).{0,40}(?:extractor|is required to|needs? to be installed)",
-        r"Couldn't instantiate the backend tokenizer",
     ],
     sources=[
         "https://github.com/openlm-research/open_llama/issues/69",

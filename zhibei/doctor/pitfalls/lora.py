@@ -106,7 +106,7 @@ def lora_target_regex_in_list(facts: Facts) -> Iterable[Finding]:
     cost="launch",
     errors=[
         r"Target modules .{1,400} not found in the base model",
-        r"Please specify `?target_modules`? in `?peft_config",
+        r"Please specify `?target_modules`?.{0,40}in `?peft_config",
         r"Target modules? .{1,80} is not supported\. Currently, only",
     ],
     sources=[

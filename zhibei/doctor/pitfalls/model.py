@@ -22,7 +22,6 @@ def named(names: Sequence[str]) -> str:
     errors=[
         r"tensors? hold(?:s)? NaN or infinity",
         r"(?:weights?|parameters?|tensors?) (?:contains?|has|have|with) (?:nan|inf)",
-        r"probability tensor contains either `?inf`?, `?nan`? or element < 0",
     ],
 )
 def weights_not_finite(facts: Facts) -> Iterable[Finding]:

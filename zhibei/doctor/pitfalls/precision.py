@@ -104,7 +104,7 @@ def fp16_on_cpu(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "precision",
     cost="run",
-    errors=[r"(?:probability tensor contains|contains) either `?inf`?, `?nan`?"],
+    errors=[r"fp16.{0,80}(?:overflow|nan).{0,80}(?:bf16|bfloat16)"],
     sources=[
         "https://github.com/huggingface/transformers/issues/25065",
         "https://github.com/arielnlee/Platypus/issues/14",
