@@ -246,6 +246,25 @@ def judged(folder: Path, monkeypatch) -> dict[str, list]:
     return {name: ids(seen) for name, seen in steps.items() if seen.problems}
 
 
+@pytest.mark.parametrize("settings", [[], ["model.method=lora"], ["model.precision=bf16"]])
+def test_what_is_written_is_as_large_as_planned(tmp_path, monkeypatch, settings):
+    scene = scene_of(tmp_path, *settings)
+    zero_rate(scene)
+    two_steps(scene)
+    seen = save(scene, tmp_path)
+    assert seen.problems == []
+    assert seen.figures["checkpoint_bytes"] == pytest.approx(seen.figures["planned_bytes"], abs=40_000)
+    monkeypatch.setattr("zhibei.doctor.rehearsal.SMALL_FILES", 0)
+    monkeypatch.setattr("zhibei.doctor.rehearsal._plan_of", lambda scene: PlannedTooSmall)
+    (tmp_path / "again").mkdir()
+    assert ids(save(scene, tmp_path / "again")) == ["disk-full-at-checkpoint"]
+
+
+class PlannedTooSmall:
+    class disk:
+        checkpoint_bytes = 1000.0
+
+
 def test_what_was_saved_is_read_back_equal(saved, monkeypatch):
     assert judged(saved, monkeypatch) == {}
 

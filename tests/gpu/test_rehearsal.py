@@ -35,6 +35,7 @@ def test_a_sound_run_passes_its_rehearsal(tmp_path, name):
     memory = next(step for step in done.steps if step.name == "memory")
     assert memory.figures is not None
     assert memory.figures["measured_gib"] > 0
+    assert memory.figures["planned_gib"] > 0
 
 
 def test_the_second_process_has_the_card_to_itself(tmp_path, monkeypatch):

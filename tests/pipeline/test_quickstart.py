@@ -33,6 +33,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, l
 
 
 @pytest.mark.slow
+def test_no_watchdog_speaks(finished):
+    _, _, records = finished
+    assert [r for r in records if r.get("event") in ("warning", "stopped")] == []
+    assert any(r.get("kind") == "look" for r in records), "they were awake"
+
+
+@pytest.mark.slow
 def test_tuned_beats_base_with_intervals_apart(finished):
     _, outcome, _ = finished
     base, tuned = outcome.stages

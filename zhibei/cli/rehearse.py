@@ -51,11 +51,11 @@ def rehearse(run: str, /, *overrides: str, json: bool = False) -> int:
     resolved = read_run(run, overrides)
     directory = RunDir(Path(run))
     own = directory if directory.manifest.is_file() else None
-    facts, found = examine(resolved, resume=own)
+    _, found = examine(resolved, resume=own)
     if found.blocks:
         raise found.as_error()
     screen: Any = console.stderr if json else console.stdout
-    done = try_run(resolved, facts=facts, on_step=_teller(screen))
+    done = try_run(resolved, on_step=_teller(screen))
     if own is not None:
         write_json_atomic(own.rehearsal, done.as_dict())
     if json:

@@ -23,7 +23,6 @@ import numpy as np
 from zhibei.config.errors import UserError
 from zhibei.config.resolve import ResolvedRun, write_resolved
 from zhibei.doctor.checkup import Checkup, Found, found_of
-from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding
 from zhibei.doctor.pitfalls import load_catalogue
 from zhibei.doctor.probes import (
@@ -40,6 +39,7 @@ from zhibei.doctor.probes import (
     zero_rate,
 )  # fmt: skip
 from zhibei.doctor.readback import generated, reload, resumed
+from zhibei.plan.memory import MemoryPlan
 from zhibei.store.files import write_json_atomic
 from zhibei.text.messages import Message
 from zhibei.train.beginning import require_writable, run_dir_of
@@ -48,6 +48,7 @@ from zhibei.train.materials import Materials, gather
 
 PROBE_TEXT = "Name 3 colours: red, 绿色, naïve-blue 🙂."
 GIB = 2.0**30
+SMALL_FILES = 2**20
 MOST_OF_THE_CARD = 0.95
 IN_MEMORY: dict[str, Callable[[Scene], Seen]] = {
     "worst batch": find_worst,
@@ -106,16 +107,14 @@ class Rehearsal:
         }
 
 
-def rehearse(
-    resolved: ResolvedRun, *, facts: Facts | None = None, on_step: Callable[[str, Step | None], None] = lambda *_: None
-) -> Rehearsal:
+def rehearse(resolved: ResolvedRun, *, on_step: Callable[[str, Step | None], None] = lambda *_: None) -> Rehearsal:
     """Try the run. `on_step` hears the name of each step when it begins, and again with its outcome.
 
-    `facts` brings the memory plan, if there is one. A step that fails does not stop the others, unless they need it.
+    A step that fails does not stop the others, unless they need it.
     """
     stage = _Stage(resolved, on_step)
     with _temporary_folder(resolved) as folder:
-        if _first_half(stage, facts, folder):
+        if _first_half(stage, folder):
             # The new process needs the card; nothing of this one holds the model any more.
             _empty_gpu()
             answer: dict[str, Any] = {}
@@ -125,7 +124,7 @@ def rehearse(
     return stage.outcome()
 
 
-def _first_half(stage: _Stage, facts: Facts | None, folder: Path) -> bool:
+def _first_half(stage: _Stage, folder: Path) -> bool:
     """Everything that needs the model in memory. Whether it was saved in the end."""
     scenes: list[Scene] = []
 
@@ -142,7 +141,7 @@ def _first_half(stage: _Stage, facts: Facts | None, folder: Path) -> bool:
         passed = stage.take(name, functools.partial(probe, scene))
         if not passed and name in NEEDED:
             return False
-    stage.take("memory", lambda: memory(scene, facts))
+    stage.take("memory", lambda: memory(scene))
     return stage.take("save", lambda: save(scene, folder))
 
 
@@ -201,7 +200,7 @@ def _failure(error: Exception, step: str) -> tuple[str, Finding]:
     )
 
 
-def memory(scene: Scene, facts: Facts | None) -> Seen:
+def memory(scene: Scene) -> Seen:
     """The most GPU memory that was held, against the card and against the plan."""
     import torch
 
@@ -211,7 +210,8 @@ def memory(scene: Scene, facts: Facts | None) -> Seen:
     peak = torch.cuda.max_memory_reserved(device) / GIB
     total = torch.cuda.get_device_properties(device).total_memory / GIB
     figures: dict[str, Any] = {"measured_gib": peak, "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB}
-    planned = getattr(facts.plan, "peak_gib", None) if facts is not None and facts.plan is not None else None
+    plan = _plan_of(scene)
+    planned = plan.peak_gib if plan is not None else None
     detail = f"{peak:.2f} of {total:.2f} GiB"
     problems: list[tuple[str, Finding]] = []
     if planned is not None:
@@ -263,8 +263,10 @@ def save(scene: Scene, folder: Path) -> Seen:
     after = materials.stepper.step(scene_worst(scene).first, learning_rate=0.0).loss
     write_json_atomic(folder / "request.json", {**_request(materials, probe), "after": after})
     detail = f"checkpoint {_bytes_of(checkpoint) / GIB:.3f} GiB, model {exported / GIB:.3f} GiB"
-    figures = {"checkpoint_bytes": _bytes_of(checkpoint), "model_bytes": exported}
-    problems: list[tuple[str, Finding]] = []
+    plan = _plan_of(scene)
+    planned = plan.disk.checkpoint_bytes if plan is not None and plan.disk is not None else None
+    figures = {"checkpoint_bytes": _bytes_of(checkpoint), "planned_bytes": planned, "model_bytes": exported}
+    problems = _against_plan(scene, checkpoint)
     for name, size in (("checkpoint", written), ("model", exported)):
         if size < expected:
             problems.append(
@@ -275,6 +277,26 @@ def save(scene: Scene, folder: Path) -> Seen:
                 ))
             )  # fmt: skip
     return Seen(detail, problems, figures)
+
+
+def _plan_of(scene: Scene) -> MemoryPlan | None:
+    """What was planned for this run on this machine; None where the model's sizes are not known."""
+    search = scene.materials.plan.search
+    return search.chosen.memory if search is not None else None
+
+
+def _against_plan(scene: Scene, checkpoint: Path) -> list[tuple[str, Finding]]:
+    """A checkpoint that is larger than planned fills the disk before anybody expects it."""
+    plan, written = _plan_of(scene), _bytes_of(checkpoint)
+    if plan is None or plan.disk is None or written <= 1.05 * plan.disk.checkpoint_bytes + SMALL_FILES:
+        return []
+    finding = Finding(
+        what=f"a checkpoint has {written / GIB:.3f} GiB, {plan.disk.checkpoint_bytes / GIB:.3f} were planned",
+        where="sft.keep_checkpoints",
+        to_do="see that the disk has room for what is kept, and report the figures",
+        level="warning",
+    )
+    return [("disk-full-at-checkpoint", finding)]
 
 
 def _request(materials: Materials, probe: list[int]) -> dict[str, Any]:
