@@ -119,13 +119,14 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     """Read the written model back and compare tensors, logits, tokenizer and template with the ones in memory."""
     model = materials.model
     base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
-    read_back = load_for_inference(str(folder), device=str(materials.device), precision=materials.precision, base=base)
+    place, precision = place_to_read_back(materials)
+    read_back = load_for_inference(str(folder), device=place, precision=precision, base=base)
     mine = dict(model.hf.named_parameters())
     theirs = dict(read_back.hf.named_parameters())
     differing = [
         name
         for name, parameter in model.trainable().items()
-        if name not in theirs or not torch.equal(parameter.data, theirs[name].data)
+        if name not in theirs or not torch.equal(parameter.data.to(theirs[name].data), theirs[name].data)
     ]
     proofs = [
         Proof(
@@ -138,7 +139,8 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     ]
     tokens_BT = torch.as_tensor(probe_row(materials), device=materials.device)[None]
     with torch.no_grad(), model.sampling() as trained, read_back.sampling() as again:
-        a, b = trained(tokens_BT, use_cache=False).logits.float(), again(tokens_BT, use_cache=False).logits.float()
+        a = trained(tokens_BT, use_cache=False).logits.float().to(read_back.device)
+        b = again(tokens_BT.to(read_back.device), use_cache=False).logits.float()
     difference = (a - b).abs().max().item()
     bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, a.abs().max().item())
     proofs.append(Proof("logits", difference <= bound, f"largest difference {difference:.3g}", difference))
@@ -148,6 +150,22 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     same = written.fingerprint == materials.tokenizer.fingerprint
     proofs.append(Proof("tokenizer", same, "fingerprint " + ("equal" if same else "differs")))
     return proofs
+
+
+def place_to_read_back(materials: Materials) -> tuple[str, str]:
+    """Device and precision for a second copy of the model: where it trained if there is room, else the processor.
+
+    A run on a full card must not die of its own proof. A processor has no fp16 arithmetic; fp32 holds fp16 exactly.
+    """
+    device = materials.device
+    if device.type == "cuda":
+        parameters = list(materials.model.hf.parameters())
+        largest = max(parameter.numel() for parameter in parameters)
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters) + 8 * largest
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if torch.cuda.mem_get_info(device)[0] + unused < 1.1 * needed:
+            return "cpu", "fp32" if materials.precision == "fp16" else materials.precision
+    return str(device), materials.precision
 
 
 def probe_row(materials: Materials) -> Any:

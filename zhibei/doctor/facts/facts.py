@@ -54,6 +54,8 @@ class Facts:
     pairs: PairFacts | None = None
     output: OutputFacts | None = None
     plan: MemoryPlan | None = None
+    plan_remedies: tuple[str, ...] = ()
+    """What would make the run fit, where it does not."""
     faults: tuple[UserError, ...] = ()
     """What reading refused; each is a finding of its own."""
     defects: tuple[Defect, ...] = ()

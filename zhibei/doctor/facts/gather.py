@@ -264,8 +264,8 @@ def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, gathering: 
 
 
 def _with_plan(facts: Facts, rows: PreparedSet | None, parts: Parts) -> Facts:
-    """Memory by cause and phase, as the run will be trained; of a run that cannot begin nothing is planned."""
-    if parts.faults:
+    """Memory by cause and phase, as the run will be trained; not known where the model's sizes are not."""
+    if facts.faults or parts.faults:
         return facts
     return parts.get("plan", lambda: with_plan(facts, rows)) or facts
 

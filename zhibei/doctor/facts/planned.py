@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zhibei.config.errors import UserError
+from zhibei.config.resolve import with_planned
 from zhibei.config.run import DataSection, RunFile
+from zhibei.data.prepared import PreparedSet
 from zhibei.data.prepared_cache import cache_root
 from zhibei.data.readers import as_source
+from zhibei.doctor.facts.facts import Facts
 from zhibei.plan.job import Rows, rows_of_lengths
-from zhibei.plan.machines import Machine
-from zhibei.plan.search import Search, search
-from zhibei.plan.shapes import ModelShape
+from zhibei.plan.search import what_would_fit
+from zhibei.plan.settle import settle
 from zhibei.store.files import read_json
 
 SAME_MASKING = ("max_tokens", "too_long", "supervise", "validation", "system")
@@ -63,9 +66,20 @@ def _made_of(index: Path) -> dict[str, Any]:
     return made if isinstance(made, dict) else {}
 
 
-def planned(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) -> Search:
-    """The search of a run as it will be trained: on one card of the machine, since training uses one so far."""
-    from dataclasses import replace
+def with_plan(facts: Facts, prepared: PreparedSet | None) -> Facts:
+    """The facts with the plan of the run on their machine, and with the values that the plan fills in.
 
-    one = replace(machine, gpus=machine.gpus[:1], num_nodes=1)
-    return search(run, shape, one, rows)
+    Training uses one card so far. Nothing is planned for a model whose sizes are not known.
+    """
+    run, shape = facts.run, facts.model.shape if facts.model is not None else None
+    if shape is None or facts.resolved is None:
+        return facts
+    lengths = prepared.train.lengths.tolist() if prepared is not None else []
+    rows = rows_of_lengths(lengths, global_batch=run.training.global_batch) if lengths else assumed_rows(run)
+    settled = settle(run, shape, facts.machine, rows)
+    facts = replace(facts, resolved=with_planned(facts.resolved, settled.values))
+    if settled.search is None:
+        return facts
+    plan = settled.search.chosen.memory
+    remedies = () if plan.fits else tuple(what_would_fit(run, shape, facts.machine, rows))
+    return replace(facts, plan=plan, plan_remedies=remedies)
