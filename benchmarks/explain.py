@@ -27,7 +27,7 @@ from typing import Any
 from zhibei.doctor.explain import explain_stream
 from zhibei.doctor.pitfall import Pitfall
 from zhibei.doctor.pitfalls import load_catalogue
-from zhibei.doctor.verdict import GENERAL_AREA
+from zhibei.doctor.verdict import GENERAL, GENERAL_AREA
 
 RESULT = Path(__file__).parent / "results" / "explain.json"
 MESSAGE = re.compile(
@@ -48,7 +48,7 @@ def verdict_of(name: str, symptom: str, catalogue: Mapping[str, Pitfall]) -> tup
         return "found", name
     if name in others:
         return "among", named
-    if explanation.cause and explanation.cause.pitfall.area == GENERAL_AREA:
+    if explanation.cause and (explanation.cause.pitfall.area == GENERAL_AREA or named in GENERAL):
         return "family", named
     return ("wrong" if named else "unknown"), named
 

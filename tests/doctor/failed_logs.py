@@ -142,12 +142,12 @@ LOGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     # memory
     "out of memory, old wording": (
-        ("cuda-out-of-memory",), "transformers",
+        ("gpu-memory-too-small",), "transformers",
         TRACE + "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 172.00 MiB (GPU 3; 39.56 GiB total "
         "capacity; 37.98 GiB already allocated; 84.56 MiB free; 38.21 GiB reserved in total by PyTorch)\n",
     ),
     "out of memory on one of eight ranks": (
-        ("cuda-out-of-memory",), "torchrun",
+        ("gpu-memory-too-small",), "torchrun",
         "[rank5]: " + TRACE.replace("\n", "\n[rank5]: ") + "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate "
         "2.00 GiB. GPU 5 has a total capacity of 79.10 GiB of which 1.03 GiB is free.\n"
         "[rank0]:[E302 09:47:20.114 ProcessGroupNCCL.cpp:629] [Rank 0] Watchdog caught collective operation timeout: "

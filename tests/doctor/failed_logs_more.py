@@ -199,7 +199,7 @@ LOGS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "(when checking argument for argument index in method wrapper_CUDA__index_select)\n",
     ),
     "a worker of Ray": (
-        ("cuda-out-of-memory",), "ray",
+        ("gpu-memory-too-small",), "ray",
         "(WorkerDict pid=40211) torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.25 GiB.\n"
         "ray.exceptions.RayTaskError(OutOfMemoryError): ray::WorkerDict.actor_update() (pid=40211, ip=10.0.0.4)\n"
         "(WorkerDict pid=40212) RuntimeError: NCCL communicator was aborted on rank 1.\n",

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 MESSAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     # GPUs
-    ("torch.AcceleratorError: CUDA error: out of memory", ("cuda-out-of-memory",)),
-    ("torch.OutOfMemoryError: HIP out of memory. Tried to allocate 48.00 MiB. GPU 0 has a total capacity of 15.98 GiB", ("cuda-out-of-memory",)),
-    ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ("cuda-out-of-memory",)),
-    ("ggml_backend_cuda_buffer_type_alloc_buffer: allocating 6402.30 MiB on device 0: cudaMalloc failed: out of memory", ("cuda-out-of-memory",)),
+    ("torch.AcceleratorError: CUDA error: out of memory", ("gpu-memory-too-small",)),
+    ("torch.OutOfMemoryError: HIP out of memory. Tried to allocate 48.00 MiB. GPU 0 has a total capacity of 15.98 GiB", ("gpu-memory-too-small",)),
+    ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ("gpu-memory-too-small",)),
+    ("ggml_backend_cuda_buffer_type_alloc_buffer: allocating 6402.30 MiB on device 0: cudaMalloc failed: out of memory", ("gpu-memory-too-small",)),
     ("RuntimeError: CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", ("gpu-library-failed",)),
     ("RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`", ("gpu-library-failed",)),
     ("RuntimeError: cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", ("gpu-library-failed",)),
@@ -34,7 +34,7 @@ MESSAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("RuntimeError: DataLoader worker (pid(s) 8120, 8121) exited unexpectedly", ("data-worker-killed",)),
     ("ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).", ("shm-too-small-exit-7",)),
     ("OSError: [Errno 24] Too many open files: '/data/part-0012.parquet'", ("too-many-open-files",)),
-    ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 26214400000 bytes.", ("host-memory-exhausted",)),
+    ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 26214400000 bytes.", ("host-memory-exhausted", "host-oom-exit-9-deepspeed")),
     ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 2.77 TiB for an array with shape (9, 4)", ("host-memory-exhausted", "eval-logits-accumulate-oom")),
     ("[811.2] Out of memory: Killed process 4127 (python3) total-vm:301234568kB", ("host-memory-exhausted", "host-oom-exit-9-deepspeed")),
     ("  exitcode  : -9 (pid: 33112)", ("host-memory-exhausted", "host-oom-exit-9-deepspeed", "fsdp-cpu-ram-n-copies")),
@@ -114,7 +114,7 @@ MESSAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ValueError: You cannot perform fine-tuning on purely quantized models. Please attach trainable adapters on top", ("nothing-requires-gradient",)),
     ("[Rank 3] Some NCCL operations have failed or timed out. Due to the asynchronous nature of CUDA kernels, subsequent GPU operations might run on corrupted/incomplete data.", ("nccl-timeout-rank0-tokenising",)),
     ("RuntimeError: 'weight' must be 2-D", ("zero3-resize-embedding-size-zero",)),
-    ("RuntimeError: No executable batch size found, reached zero.", ("cuda-out-of-memory",)),
+    ("RuntimeError: No executable batch size found, reached zero.", ("gpu-memory-too-small",)),
     ("RuntimeError: Internal: could not parse ModelProto from /models/a/tokenizer.model", ("tokenizer-not-loadable",)),
     ("gguf_init_from_file_impl: invalid magic characters: 'PK', expected 'GGUF'", ("weights-file-damaged",)),
     ("ValueError: --load_best_model_at_end requires the saving steps to be a round multiple of the evaluation steps, but found 500, which is not a round multiple of 200.", ("best-model-strategy-mismatch",)),

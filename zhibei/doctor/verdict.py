@@ -23,6 +23,8 @@ EXCEPTION = re.compile(
     r"|NotFound|Failure)|StopIteration|Exception))(?:\(|:(?: |$)|$)"
 )
 GENERAL_AREA = "messages"
+GENERAL = frozenset({"gpu-memory-too-small", "host-oom-exit-9-deepspeed"})
+"""Pitfalls of other areas whose message is as general."""
 REMARK, NEVER = 6.0, 9.0
 """Tiers of what sound programs say too, and of nothing."""
 CONSEQUENCES = frozenset({"nccl-timeout-rank0-tokenising", "child-process-failed", "other-rank-died"})
@@ -36,7 +38,8 @@ HINTS = frozenset({
 })  # fmt: skip
 """Pitfalls whose messages sound runs print too: named as possible, never as what went wrong."""
 DEADLY = frozenset({
-    "cuda-out-of-memory", "host-memory-exhausted", "no-space-left", "illegal-memory-access", "device-side-assert",
+    "gpu-memory-too-small", "host-memory-exhausted", "host-oom-exit-9-deepspeed", "no-space-left",
+    "illegal-memory-access", "device-side-assert",
     "gpu-library-failed", "gpu-reports-a-fault", "job-ended-from-outside", "nccl-failed",
 })  # fmt: skip
 """General families after which a process is lost, so that what stands well below them follows from them."""
@@ -49,7 +52,7 @@ NOTICED_ONLY = frozenset({
 SAME_ERROR = 3
 """So many lines may lie between two lines of one message."""
 RELATED = {
-    "cuda-out-of-memory": ("memory", "resume"),
+    "gpu-memory-too-small": ("memory", "resume"),
     "host-memory-exhausted": ("memory", "environment"),
     "nccl-failed": ("distributed", "hardware", "environment"),
     "package-missing": ("environment",),
@@ -225,7 +228,7 @@ def _tier(name: str, one: Evidence, catalogue: Mapping[str, Pitfall], unknown: S
     """0 is the surest; below 2 an error was named."""
     if name in CONSEQUENCES:
         return 4.0
-    is_general = catalogue[name].area == GENERAL_AREA
+    is_general = catalogue[name].area == GENERAL_AREA or name in GENERAL
     if one.force == "exit":
         # A process is often killed because another has failed; then the failure is the cause.
         return 3.5 if any(other.line < one.line for other in unknown) else 0.5 + is_general

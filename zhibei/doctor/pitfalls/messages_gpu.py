@@ -13,40 +13,6 @@ BECAUSE = "Many faults end in this message; those that can be seen before a run 
     kind="explained",
     because=BECAUSE,
     errors=[
-        r"(?:CUDA|HIP|XPU|MPS backend)(?: error:)? out of memory",
-        r"\bOutOfMemoryError: ",
-        r"CUBLAS_STATUS_ALLOC_FAILED",
-        r"no executable batch size found, reached zero",
-        r"cuda(?:Error)?MemoryAllocation\b",
-        r"cudaMalloc failed: out of memory|failed to allocate CUDA\d* buffer",
-    ],
-)
-def cuda_out_of_memory() -> None:
-    """The memory of a GPU is full.
-
-    Why: Weights, gradients, optimiser states and activations together need more than the card has, or another
-    process holds part of it. Activations and logits grow with the longest batch, so it may come hours into a run.
-
-    Fix: Let `zhibei plan RUN` say what fits. Then, in this order: a smaller micro-batch with more accumulation,
-    activation checkpointing, shorter rows, adapters or a 4-bit base, sharding. Look for other processes with
-    nvidia-smi.
-
-    显存不足。
-
-    为何：权重、梯度、优化器状态和激活加起来超过了显卡容量，或者别的进程占用了一部分。
-    激活和 logits 随最长的批次增长，所以可能训练几小时后才出现。
-
-    办法：先用 `zhibei plan RUN` 看什么配置放得下。然后依次：减小微批并增加累积、激活重计算、缩短样本、
-    改用适配器或 4 位基座、分片。用 nvidia-smi 检查是否有别的进程。
-    """
-
-
-@pitfall(
-    "messages",
-    cost="launch",
-    kind="explained",
-    because=BECAUSE,
-    errors=[
         r"NCCL error",
         r"\bncclSystemError\b|\bncclInternalError\b|\bncclUnhandledCudaError\b|\bncclInvalidUsage\b",
         r"unhandled (?:system|cuda) error",
