@@ -84,13 +84,14 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
 
 
 def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_json: bool) -> int | None:
+    found = _checked(resolved, resumed, quiet=quiet, as_json=as_json)
+    if found.blocks:
+        return _refused(found, quiet=quiet, as_json=as_json)
+    # Torch is loaded only now: a run that is refused is refused within a second or two.
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.beginning import run_dir_of
     from zhibei.train.sft import train
 
-    found = _checked(resolved, resumed, quiet=quiet, as_json=as_json)
-    if found.blocks:
-        return _refused(found, quiet=quiet, as_json=as_json)
     rehearsed = None
     if resumed is None and is_wanted(resolved):
         rehearsed = rehearse_before(resolved, quiet=quiet or as_json)
