@@ -70,9 +70,7 @@ def rates(symptoms: Iterable[Mapping[str, Any]], catalogue: Mapping[str, Pitfall
         "all": shares(rows),
         "with_message": {"symptoms": len(with_message), **shares(with_message)},
         "not_found": [
-            {"id": name, "symptom": symptom, "verdict": verdict, "named": named}
-            for name, symptom, verdict, named in rows
-            if verdict != "found"
+            {"id": name, "verdict": verdict, "named": named} for name, _, verdict, named in rows if verdict != "found"
         ],
     }
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.explain import rates
 from tests.doctor.failed_logs import ELASTIC, LAUNCH, LOGS, NOISE, TRACE
 from tests.doctor.failed_logs_more import LOGS as MORE
 from tests.doctor.messages_of_others import MESSAGES
@@ -65,6 +66,14 @@ def test_what_follows_an_error_does_not_hide_it(name: str) -> None:
 @pytest.mark.parametrize(("message", "accepted"), MESSAGES)
 def test_a_message_alone_is_enough(message: str, accepted: tuple[str, ...]) -> None:
     assert named(message) in accepted
+
+
+def test_the_words_in_which_people_reported_known_pits_are_recognised(shared: Callable[..., Path]) -> None:
+    lines = shared("pitfalls.jsonl").read_text("utf-8").splitlines()
+    found = rates([json.loads(line) for line in lines], CATALOGUE)
+    assert found["all"]["wrong"] <= 0.02
+    assert found["with_message"]["wrong"] <= 0.03
+    assert found["with_message"]["found"] >= 0.8
 
 
 @pytest.mark.parametrize("name", SOUND)
