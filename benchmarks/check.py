@@ -65,7 +65,7 @@ def write_model(folder: Path, tokenizer: Path | None) -> None:
     loaded: Any = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(loaded), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=4096, bos_token_id=loaded.bos_token_id, eos_token_id=loaded.eos_token_id,
+        max_position_embeddings=2048, bos_token_id=loaded.bos_token_id, eos_token_id=loaded.eos_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).half().save_pretrained(folder)
     loaded.save_pretrained(folder)
