@@ -39,6 +39,7 @@ EXIT_CODE = re.compile(
 NAMED_BY_US = re.compile(r"zhibei pitfalls ([a-z][a-z0-9-]+)|'pitfall': ?'([a-z][a-z0-9-]+)'")
 HEADING = re.compile(r"^(STOP|WARNING|NOTE) ([a-z0-9-]+)")
 """How `zhibei check` heads a finding."""
+FIGURES = re.compile(rb"[lL]oss(?:es|/\w+|[ _]scale)?[^a-zA-Z]{1,6}[-+\dnNi]|kl[\w ]*['\" ]*[:=]|margins?['\" ]*[:=]")
 CHAIN = re.compile(r"another exception occurred:|direct cause of the following exception:")
 FRAME = re.compile(r"^(?:│ )?File ['\"].*['\"], line \d+")
 INFORMATION = re.compile(r"\b(?:INFO|DEBUG)\b")
@@ -78,7 +79,7 @@ def _read_figures(piece: Piece, found: Gathered) -> None:
     lines, is_repeat = piece.lines, piece.is_repeat
     for index in range(piece.start, piece.stop):
         line = lines[index]
-        if b"oss" in line or b"kl" in line or b"argins" in line:
+        if (b"oss" in line or b"kl" in line or b"argins" in line) and FIGURES.search(line):
             if is_repeat[index] and found.records_seen > RECORDS_READ and index & 15:
                 continue
             if record := record_of(piece.numbers[index], shown(line)):
