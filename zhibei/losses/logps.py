@@ -29,7 +29,7 @@ def token_logps(
     gradients. Forward and backward hold one chunk of logits; the backward pass computes them again.
     Of `shape` only the head's scale, soft cap and chunk size are used.
     """
-    return _ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, shape, temperature)
+    return _ChunkedLogps.apply(hidden_ND, head_VD, bias_V, targets_N, (shape, temperature))
 
 
 def _shaped(raw_CV: torch.Tensor, shape: TokenLoss, temperature: float) -> torch.Tensor:
@@ -60,9 +60,9 @@ class _ChunkedLogps(torch.autograd.Function):
         head_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
-        shape: TokenLoss,
-        temperature: float,
+        shaping: tuple[TokenLoss, float],
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, temperature = shaping
         learned_N = targets_N != NOT_LEARNED
         logps_N = hidden_ND.new_zeros(hidden_ND.shape[0], dtype=torch.float32)
         entropies_N = torch.zeros_like(logps_N)
@@ -73,21 +73,22 @@ class _ChunkedLogps(torch.autograd.Function):
             logps_N[part] = log_p_CV.gather(1, index_C[:, None])[:, 0] * learned_N[part]
             entropies_N[part] = -(log_p_CV.exp() * log_p_CV).sum(dim=-1) * learned_N[part]
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, entropies_N)
-        ctx.shape, ctx.temperature = shape, temperature
+        ctx.shaping = shaping
         return logps_N, entropies_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         grad_logps_N, grad_entropies_N = grads
+        shape, temperature = ctx.shaping
         hidden_ND, head_VD, bias_V, targets_N, entropies_N = ctx.saved_tensors
         wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         learned_N = targets_N != NOT_LEARNED
         grad_hidden_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        for part in _chunks(hidden_ND.shape[0], ctx.shape.chunk_tokens):
+        for part in _chunks(hidden_ND.shape[0], shape.chunk_tokens):
             raw_CV = torch.nn.functional.linear(hidden_ND[part], head_VD, bias_V)
-            logits_CV = _shaped(raw_CV, ctx.shape, ctx.temperature)
+            logits_CV = _shaped(raw_CV, shape, temperature)
             log_p_CV = torch.log_softmax(logits_CV, dim=-1)
             p_CV = log_p_CV.exp()
             weight_C = grad_logps_N[part] * learned_N[part]
@@ -96,7 +97,7 @@ class _ChunkedLogps(torch.autograd.Function):
             gradient_CV.scatter_add_(1, index_C[:, None], weight_C[:, None])
             of_entropy_C = (grad_entropies_N[part] * learned_N[part])[:, None]
             gradient_CV -= p_CV * (log_p_CV + entropies_N[part][:, None]) * of_entropy_C
-            _back_to_raw(gradient_CV, logits_CV, ctx.shape, ctx.temperature)
+            _back_to_raw(gradient_CV, logits_CV, shape, temperature)
             gradient_CV = gradient_CV.to(raw_CV.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = gradient_CV @ head_VD
@@ -106,7 +107,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 grad_bias_V += gradient_CV.float().sum(dim=0)
         head = None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
         bias = None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype)
-        return grad_hidden_ND, head, bias, None, None, None
+        return grad_hidden_ND, head, bias, None, None
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
