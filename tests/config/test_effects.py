@@ -37,6 +37,22 @@ CASES = [
         ["stage=dpo", "dpo.reference=adapters_off", "model.method=lora"],
     ),
     ("ppo.models", ["stage=ppo", "ppo.models=shared"], ["stage=ppo", "ppo.models=shared", "model.method=lora"]),
+    ("ppo.kl_horizon", ["stage=ppo", "ppo.kl_horizon=9"], ["stage=ppo", "ppo.kl_horizon=9", "ppo.kl_target=6"]),
+    (
+        "ppo.ptx_coefficient",
+        ["stage=ppo", "ppo.ptx_coefficient=1"],
+        ["stage=ppo", "ppo.ptx_coefficient=1", "ppo.ptx_sources=[b.json]"],
+    ),
+    (
+        "grpo.answers_per_prompt",
+        ["stage=grpo", "grpo.answers_per_prompt=3"],
+        ["stage=grpo", "grpo.answers_per_prompt=3", "grpo.global_batch=9"],
+    ),
+    (
+        "grpo.answers_per_prompt",
+        ["stage=grpo", "grpo.answers_per_prompt=1"],
+        ["stage=grpo", "grpo.answers_per_prompt=1", "grpo.method=reinforce++"],
+    ),
 ]
 
 # The same for the section of any stage, here written as sft; in the order of `training_rules`.

@@ -140,8 +140,9 @@ def test_planned_values_go_to_the_section_of_the_stage(stage: str, method: str, 
     planned = {key for key, origin in resolved.origins.items() if origin == "planned"}
     own = {key for key in planned if key.partition(".")[0] in STAGES}
     shared = {"ppo.models"} if (stage, method) == ("ppo", "full") else set()
+    shared |= {"ppo.critic_learning_rate"} if stage == "ppo" else set()
     assert own == {f"{stage}.learning_rate", f"{stage}.evaluate_every", f"{stage}.save_every"} | shared
-    assert resolved.run.ppo.models == ("separate" if shared else "shared")
+    assert resolved.run.ppo.models == ("separate" if "ppo.models" in shared else "shared")
 
 
 def test_the_effective_file_leaves_out_the_sections_of_other_stages(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from tests.train.small_run import small_run
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
-from zhibei.train.sft import run_dir_of, train
+from zhibei.train.offline import run_dir_of, train
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["reward", "dpo", "ppo", "grpo"])
 def test_a_stage_without_a_loop_is_refused_before_anything_is_written(stage: str, tmp_path: Path) -> None:
     small_run(tmp_path)
     file = tmp_path / "stage.yaml"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from zhibei.config.run import RunFile, TrainingSection
 
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
 """What a run can do; each has a section of its own name in the run file."""
 
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz")
@@ -201,6 +201,36 @@ GENERAL_RULES: list[Rule] = [
         "model.method",
         "shared models are adapters on one frozen base, and with model.method: full there are none",
         "set model.method: lora, or ppo.models: separate",
+    ),
+    _no_effect(
+        lambda run: run.stage == "ppo" and run.ppo.kl_target is None,
+        "ppo.kl_horizon",
+        "ppo.kl_target",
+        "without ppo.kl_target the KL coefficient is fixed",
+        "remove ppo.kl_horizon, or set ppo.kl_target",
+    ),
+    _no_effect(
+        lambda run: run.stage == "ppo" and not run.ppo.ptx_sources,
+        "ppo.ptx_coefficient",
+        "ppo.ptx_sources",
+        "without ppo.ptx_sources there are no rows for that loss",
+        "remove ppo.ptx_coefficient, or name files in ppo.ptx_sources",
+    ),
+    _conflict(
+        lambda run: (
+            run.stage == "grpo" and bool(run.grpo.global_batch * run.grpo.minibatches % run.grpo.answers_per_prompt)
+        ),
+        "grpo.answers_per_prompt",
+        "grpo.global_batch",
+        "an iteration has grpo.global_batch * grpo.minibatches answers, which must be whole groups",
+        "choose a grpo.global_batch that is a multiple of grpo.answers_per_prompt",
+    ),
+    _conflict(
+        lambda run: run.stage == "grpo" and run.grpo.answers_per_prompt == 1 and run.grpo.method != "reinforce++",
+        "grpo.answers_per_prompt",
+        "grpo.method",
+        "this method compares the answers of one prompt, and one answer has nothing to be compared with",
+        "set grpo.answers_per_prompt to 2 or more, or grpo.method: reinforce++",
     ),
 ]
 

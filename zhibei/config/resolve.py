@@ -30,8 +30,12 @@ LEARNING_RATES = {  # (full, adapters)
     "dpo": (5e-7, 5e-6),
     # OpenRLHF's and verl's default for the actor; ten times that for adapters, as in the stages above.
     "ppo": (1e-6, 1e-5),
+    "grpo": (1e-6, 1e-5),
 }
 
+
+# verl's defaults for actor and critic, 1e-6 and 1e-5; OpenRLHF has 1e-6 and 9e-6.
+CRITIC_FACTOR = 10
 
 # torch's Adafactor multiplies the rate by the root mean square of each weight, about 0.02 in language models, where
 # AdamW moves a weight by the rate itself.
@@ -63,6 +67,9 @@ def plan_values(run: RunFile) -> dict[str, Any]:
         planned["model.quantize"] = "nf4"
     if run.stage == "ppo" and run.model.method == "full" and "models" not in run.ppo.model_fields_set:
         planned["ppo.models"] = "separate"
+    if run.stage == "ppo" and run.ppo.critic_learning_rate is None:
+        rate = run.ppo.learning_rate or planned["ppo.learning_rate"]
+        planned["ppo.critic_learning_rate"] = min(CRITIC_FACTOR * rate, 0.5)
     if run.training.max_steps is not None:
         planned |= plan_intervals(run, num_steps=run.training.max_steps)
     return planned

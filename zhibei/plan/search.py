@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from zhibei.config.run import TOKENS_PER_PASS, RunFile
+from zhibei.config.run import RunFile
+from zhibei.config.training import TOKENS_PER_PASS
 from zhibei.plan.disk import disk_of
 from zhibei.plan.holdings import Holdings, holdings_of
 from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, Ways, job_of

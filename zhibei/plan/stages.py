@@ -1,4 +1,4 @@
-"""What the stages reward, dpo and ppo hold beyond supervised training: heads, references, critics, answers under way.
+"""What the later stages hold beyond supervised training: heads, references, critics, answers under way.
 
 Knows sizes, not loops. The stages' own loops will be measured as the supervised one was; until then these are sums of
 the same parts.
@@ -36,9 +36,7 @@ def _dpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
 
 def _ppo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     """shared: adapters with heads for critic and reward on one base. separate: critic (learns), reward, reference."""
-    tokens = job.rollout_batch * (job.row_tokens + job.max_new_tokens)
-    cache = 2 * shape.key_width * job.item_bytes * shape.num_layers * tokens
-    answers = {"KV cache": cache, "rollouts": tokens * 40 + 16 * job.rollout_batch * shape.vocabulary}
+    answers = _answers(shape, job)
     if job.ppo_models == "shared":
         critic = held.adapters + held.masters + held.states + held.gradients
         return {"critic": critic, "reward model": held.adapters, **answers}
@@ -46,6 +44,19 @@ def _ppo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     return {"critic": critic, "reward model": held.weights, "reference model": held.weights, **answers}
 
 
+def _grpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """No critic; the reference is a frozen copy, unless it is the same base with its adapters off."""
+    reference = {} if job.trains_adapters else {"reference model": held.weights}
+    return {**reference, **_answers(shape, job)}
+
+
+def _answers(shape: ModelShape, job: Job) -> Causes:
+    tokens = job.rollout_batch * (job.row_tokens + job.max_new_tokens)
+    cache = 2 * shape.key_width * job.item_bytes * shape.num_layers * tokens
+    return {"KV cache": cache, "rollouts": tokens * 40 + 16 * job.rollout_batch * shape.vocabulary}
+
+
 EXTRAS: Mapping[str, Callable[[ModelShape, Job, Holdings], Causes]] = {
     "sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo,
+    "grpo": _grpo,
 }  # fmt: skip
