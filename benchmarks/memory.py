@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_grid import GRIDS, Setting
+from benchmarks.memory_grid import GRIDS, HELD_OUT_ROWS, Setting
 from benchmarks.records import RESULTS, Record, merge, read, with_surroundings
 from zhibei.plan.job import Job, adapted_names, attention_on
 from zhibei.plan.machines import Gpu
@@ -101,6 +101,12 @@ def _room_gib(setting: Setting) -> float:
     return plan_of(setting, setting.tokens, setting.passes).device_gib * 1.1 + 0.5
 
 
+def heldout_tokens(setting: Setting, pass_tokens: int) -> int:
+    """A pass over the few held-out rows of a measurement: spread evenly over the fewest passes."""
+    tokens = HELD_OUT_ROWS * setting.row
+    return -(-tokens // -(-tokens // pass_tokens))
+
+
 def plan_of(setting: Setting, pass_tokens: int, num_passes: int) -> MemoryPlan:
     """What `zhibei plan` says about a configuration."""
     shape = read_shape(setting.config())
@@ -121,6 +127,7 @@ def plan_of(setting: Setting, pass_tokens: int, num_passes: int) -> MemoryPlan:
         rank=setting.rank,
         targets=adapted_names(shape, targets) if setting.method != "full" else (),
         sample_tokens=16,
+        heldout_tokens=heldout_tokens(setting, pass_tokens),
     )
     return predict(shape, job)
 
@@ -159,8 +166,8 @@ def with_surroundings_of_nothing(record: Record) -> Record:
 def with_prediction(record: Record) -> Record:
     """The record with what the plan says about its configuration, and how far that is from what was measured.
 
-    `predicted_gib` and `measured_gib` are the most that tensors held over all measured phases; `reserved_gib` is what
-    torch's allocator took for them.
+    `predicted_gib` and `measured_gib` are the most that tensors held over all measured phases; `first_predicted_gib`
+    is what the plan said before it was measured; `reserved_gib` is what torch's allocator took.
     """
     if "error" in record:
         return record
@@ -173,6 +180,7 @@ def with_prediction(record: Record) -> Record:
         **{key: value for key, value in record.items() if key not in ("explained", "saved")},
         "predicted": {name: round(value, 3) for name, value in phases.items()},
         "predicted_gib": round(promised, 3),
+        "first_predicted_gib": record.get("first_predicted_gib", record.get("predicted_gib", round(promised, 3))),
         "measured_gib": round(most, 3),
         "error_percent": round(100 * (promised / max(most, 1e-9) - 1), 2),
         "reserved_gib": max(figure["reserved_gib"] for figure in record["measured"].values()),

@@ -150,6 +150,7 @@ TINY: list[Setting] = [
 """For a CPU: whether the script runs, not what a GPU holds."""
 
 HELD_OUT_SEED = 20261124
+HELD_OUT_ROWS = 8  # rows of the evaluation in each measurement
 
 
 def held_out(count: int = 14, seed: int = HELD_OUT_SEED) -> list[Setting]:

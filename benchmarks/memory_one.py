@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.memory_grid import Setting
+from benchmarks.memory_grid import HELD_OUT_ROWS, Setting
 from benchmarks.records import Record, version_of
 
 GIB = 2**30
 STEPS = 3
-HELD_OUT_ROWS = 8
 CHECKPOINT_LIMIT_GIB = 3.0
 
 
@@ -166,7 +165,7 @@ def _assembled(setting: Setting, device: torch.device) -> dict[str, Any]:
         model.inner.set_attn_implementation(attention.DOCUMENTS)
     check_head(model)
     model.hf.train()
-    stepper, plain = make_stepper(run, model)
+    stepper, task = make_stepper(run, model)
     rows_of_step = setting.tokens * setting.passes // setting.row
     vocabulary = model.config.get_text_config().vocab_size
     rows = PreparedSet(
@@ -178,7 +177,7 @@ def _assembled(setting: Setting, device: torch.device) -> dict[str, Any]:
         template="none",
     )
     batches, heldout = make_batches(run, rows, pad_token=0, device=device)
-    return {"batches": batches, "heldout": heldout, "stepper": stepper, "plain": plain}
+    return {"batches": batches, "heldout": heldout, "stepper": stepper, "plain": task.plain_loss}
 
 
 def run_file(setting: Setting, device: torch.device) -> Any:

@@ -151,6 +151,41 @@ def real_rows_table(records: Sequence[Record]) -> str:
     return markdown(header, rows) + "\n\n" + provenance(records)
 
 
+def memory_table(records: Sequence[Record], grid: str) -> str:
+    """Peak GPU memory, predicted and measured, with the error now and before anything was measured."""
+    chosen = [record for record in records if record["settings"]["grid"] == grid and "error" not in record]
+    rows = []
+    for record in sorted(chosen, key=lambda each: -each["measured_gib"]):
+        settings, measured = record["settings"], record["measured_gib"]
+        words = [settings["precision"], settings["optimizer"]]
+        words += [f"{settings['checkpointing']} checkpointing"] * (settings["checkpointing"] != "none")
+        words += ["not compiled"] * (not settings["compile"]) + ["padded"] * (not settings["packing"])
+        words += [f"rank {settings['rank']}"] * (settings["method"] != "full")
+        first = 100 * (record["first_predicted_gib"] / measured - 1)
+        rows.append(
+            [
+                f"{settings['shape']}, {settings['layers']} layers",
+                settings["method"],
+                ", ".join(words),
+                f"{record['num_passes']} x {record['pass_tokens']:,}",
+                f"{measured:.2f}",
+                f"{record['predicted_gib']:.2f}",
+                f"{record['error_percent']:+.1f} %",
+                f"{first:+.1f} %",
+            ]
+        )
+    errors = sorted(abs(record["error_percent"]) for record in chosen)
+    firsts = sorted(abs(100 * (each["first_predicted_gib"] / each["measured_gib"] - 1)) for each in chosen)
+    header = ["shape", "method", "settings", "passes x tokens", "measured GiB", "predicted GiB", "error", "before"]
+    summary = "Not measured yet."
+    if errors:
+        summary = (
+            f"{len(errors)} configurations: worst {errors[-1]:.1f} %, median {errors[len(errors) // 2]:.2f} %; before "
+            f"they were measured: worst {firsts[-1]:.1f} %, median {firsts[len(firsts) // 2]:.2f} %."
+        )
+    return markdown(header, rows) + f"\n\n{summary} " + provenance(chosen)
+
+
 def provenance(records: Sequence[Record]) -> str:
     """Where and with what the figures of a table were measured."""
     if not records:
@@ -173,6 +208,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "parity-trainer": ("parity_trainer.json", parity_table),
     "real-rows": ("real_rows.json", real_rows_table),
     "prepare": ("prepare.json", prepare_table),
+    "memory-grid": ("memory.json", lambda records: memory_table(records, "grid")),
+    "memory-held-out": ("memory.json", lambda records: memory_table(records, "held-out")),
     "generate-cpu": ("generate_cpu.json", generate_table),
 }
 

@@ -211,8 +211,9 @@ def _attention(kept: Kept, shape: ModelShape, how: Execution, row_tokens: int) -
         # Row by row, then joined and turned round: the joined copy is a second one.
         kept.add("attention results", query * item)
     if shape.attention_softcap or how.attention == "eager":
-        # tanh's result, the mask, the softmax in fp32 and its copy in the model's type, for every pair of tokens.
-        pair = (item + 1 + 4 + item) if shape.attention_softcap else (4 + item)
+        # For every pair of tokens: tanh's result, the softmax in fp32 and its copy in the model's type. The mask is
+        # one for all heads.
+        pair = (item + 4 + item) if shape.attention_softcap else (4 + item)
         kept.add("attention scores", shape.num_heads * row_tokens * pair)
 
 
@@ -290,10 +291,12 @@ def _partition(shape: ModelShape, how: Execution, row_tokens: int, *, stage: int
         kept.add("inputs of linears", hidden * item * sum(feeds))
     if style.head_norm:
         kept.add("results of linears", (query + key) * item)
+    makes_again = stage > 1 and bool(style.head_norm) and not does.weights
     if how.attention == "varlen":
-        values = 2 * query if stage == 1 else 2 * key
+        # With adapters, results before the norms of queries and keys are kept: these and attention are made again.
+        values = 0 if makes_again else 2 * query if stage == 1 else 2 * key
         kept.add("queries, keys, values", (query + values) * item)
-        if stage < 3:
+        if stage < 3 and not makes_again:
             kept.add("attention results", query * item + 4 * shape.num_heads)
         kept.add("norms", 4 * (style.norms_before + style.norms_after) * (2 if style.norm == "layer" else 1))
     else:

@@ -67,7 +67,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _like_llama(qkv_bias=True, out_bias=False, mlp_bias=False),
     "qwen3": _like_llama(mlp_bias=False, head_norms=True, defaults={"head_dim": 128}),
     "gemma": _like_llama(mlp_bias=False, defaults={"head_dim": 256}, ties_by_default=True),
-    "gemma2": _like_llama(mlp_bias=False, norms=FOUR_NORMS, defaults={"head_dim": 256}, ties_by_default=True),
+    "gemma2": _like_llama(
+        mlp_bias=False,
+        norms=FOUR_NORMS,
+        defaults={"head_dim": 256, "attn_logit_softcapping": 50.0},
+        ties_by_default=True,
+    ),
     "gemma3_text": _like_llama(
         mlp_bias=False, head_norms=True, norms=FOUR_NORMS, defaults={"head_dim": 256}, ties_by_default=True
     ),

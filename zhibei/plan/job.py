@@ -71,7 +71,8 @@ class Job:
     modules_to_save: tuple[str, ...] = ()
     has_loss_extras: bool = False
     sample_tokens: int = 64
-    has_heldout: bool = True
+    heldout_tokens: int | None = None
+    """Tokens of a held-out pass, where there are too few held-out rows to fill one."""
     reference: str = "auto"
     ppo_models: str = "shared"
     rollout_batch: int = 32
@@ -176,7 +177,6 @@ def job_of(
         targets=adapted_names(shape, run.lora.targets) if is_lora else (),
         modules_to_save=tuple(run.lora.modules_to_save) if is_lora else (),
         sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
-        has_heldout=run.data.validation != 0,
         reference=run.dpo.reference,
         ppo_models=ppo.models,
         rollout_batch=ppo.rollout_batch,

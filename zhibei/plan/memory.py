@@ -193,7 +193,7 @@ def _load(always: Causes, job: Job, held: Holdings) -> Causes:
 
 def _evaluation(shape: ModelShape, job: Job) -> list[Moment]:
     """Held-out loss without gradients, and the panel's answers, of which the cache of keys and values is the most."""
-    tokens, item = job.pass_tokens, job.item_bytes
+    tokens, item = job.heldout_tokens or job.pass_tokens, job.item_bytes
     wide = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
     forward = tokens * item * (4 * wide + 4 * shape.hidden)
     rows, has_earlier = min(LOSS_CHUNK, tokens), tokens > LOSS_CHUNK

@@ -123,23 +123,20 @@ def working_bytes(shape: ModelShape, job: Job) -> float:
     how, item = job.execution, job.item_bytes
     wide = WORKING_WIDTHS[how.is_compiled, how.trains_weights, how.checkpointing]
     mlp = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
-    branches = wide if shape.is_gated else max(1, wide - 2)
-    return job.pass_tokens * item * (branches * mlp + shape.hidden)
+    # Without a gate there is one branch less, and nothing of its product.
+    branches = wide if shape.is_gated else max(3, wide - 2)
+    hidden = shape.hidden * (1 + (how.checkpointing == "selective"))
+    return job.pass_tokens * item * (branches * mlp + hidden)
 
 
 # Counted in the allocator's record of real steps: (compiled, all weights learn, checkpointing) -> widths of the MLP.
+# Recomputed tensors are freed as they are used, kept ones only after the layer: full checkpointing needs fewer beside.
 WORKING_WIDTHS: dict[tuple[bool, bool, str], int] = {
-    (True, True, "none"): 2, (True, True, "selective"): 4, (True, True, "full"): 2,
+    (True, True, "none"): 4, (True, True, "selective"): 6, (True, True, "full"): 1,
     (True, False, "none"): 5, (True, False, "selective"): 7, (True, False, "full"): 5,
     (False, True, "none"): 3, (False, True, "selective"): 5, (False, True, "full"): 3,
     (False, False, "none"): 3, (False, False, "selective"): 5, (False, False, "full"): 3,
 }  # fmt: skip
-
-
-def _layer_gradients(shape: ModelShape, job: Job) -> float:
-    if job.trains_adapters:
-        return 0.0
-    return job.item_bytes * shape.largest_layer_parameters
 
 
 def recomputed_bytes(shape: ModelShape, job: Job) -> float:
@@ -149,14 +146,17 @@ def recomputed_bytes(shape: ModelShape, job: Job) -> float:
     how = job.execution
     whole = Execution(**{**{name: getattr(how, name) for name in how.__slots__}, "checkpointing": "none"})
     every = layer_bytes(shape, whole, row_tokens=job.row_tokens).total
-    present = layer_bytes(shape, how, row_tokens=job.row_tokens).total if job.checkpointing == "selective" else 0.0
+    present = layer_bytes(shape, how, row_tokens=job.row_tokens).total
     return max(0.0, every - present) * job.pass_tokens
 
 
 def first_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
-    """The last layer's backward, while all other layers still keep theirs; the final norm's are gone."""
+    """The last layer's backward, while all other layers still keep theirs; the final norm's are gone.
+
+    It peaks in the MLP, before the layer's own gradients of weights are there.
+    """
     return {
-        "gradients": _head_gradient(shape, job, held) + _layer_gradients(shape, job),
+        "gradients": _head_gradient(shape, job, held),
         "activations": recomputed_bytes(shape, job) - _final_norm(shape, job),
         "working buffers": working_bytes(shape, job),
     }
@@ -165,11 +165,12 @@ def first_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
 def last_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     """The first layer's backward, when almost all gradients are there."""
     kept = layer_bytes(shape, job.execution, row_tokens=job.row_tokens).total * job.pass_tokens
-    gradients = 0.0 if job.num_passes > 1 else held.gradients
-    if not held.frozen_embedding and job.num_passes == 1 and not shape.is_tied:
-        gradients -= job.item_bytes * shape.embedding_parameters
     if job.num_passes > 1:
-        gradients = _layer_gradients(shape, job) + (_head_gradient(shape, job, held) if shape.is_tied else 0.0)
+        gradients = _head_gradient(shape, job, held)
+    else:
+        own = 0 if job.trains_adapters else job.item_bytes * shape.largest_layer_parameters
+        embedding = 0 if held.frozen_embedding or shape.is_tied else job.item_bytes * shape.embedding_parameters
+        gradients = max(0, held.gradients - own - embedding)
     return {
         "gradients": gradients,
         "activations": kept + recomputed_bytes(shape, job) + _tables(shape, job),

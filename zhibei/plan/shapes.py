@@ -211,7 +211,7 @@ def read_shape(
         layer_prefix=prefix,
         max_positions=_first(text, POSITIONS),
         sliding_window=text.get("sliding_window") if text.get("use_sliding_window", True) else None,
-        attention_softcap=text.get("attn_logit_softcapping") is not None,
+        attention_softcap=_with_defaults(text, family).get("attn_logit_softcapping") is not None,
         num_experts=_num_experts(layers, text),
         experts_per_token=int(text.get("num_experts_per_tok") or 0) or 2,
         expert_width=int(text.get("moe_intermediate_size") or sizes.mlp_width),
@@ -231,6 +231,10 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     guessed = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}.get(outer, outer)
     tie = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
     return {"model_type": guessed, **tie, **inner}
+
+
+def _with_defaults(text: Mapping[str, Any], family: Family | None) -> Mapping[str, Any]:
+    return {**(family.defaults if family is not None else {}), **text}
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
