@@ -14,6 +14,7 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import Source
+from zhibei.text.hub import silence
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -161,6 +162,8 @@ def download(
         return (metadata_load(path) or {}).get("configs")
 
     try:
+        if why := silence():
+            raise ConnectionError(why)
         info = hub.HfApi().dataset_info(source.path)
         names = [file.rfilename for file in info.siblings or []]
         fetch = _Fetch(hub, source.path, info.sha)

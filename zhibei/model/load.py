@@ -17,6 +17,7 @@ from zhibei.model.language_model import LanguageModel, check_head
 from zhibei.model.locate import Located, locate
 from zhibei.model.lora import add_adapters, read_adapter
 from zhibei.store.manifest import require_base
+from zhibei.text.hub import hub_options, silence
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     # Our own checks below say what is wrong with a file or field; the load report and its bars say it less well.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    trust = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    options = {**trust, **hub_options(found.weights)}
     refuse_pickles(found.weights)
     try:
         config = AutoConfig.from_pretrained(found.weights, **options)
@@ -243,7 +245,8 @@ def check_finite(hf: torch.nn.Module, weights: str) -> None:
 
 
 def _loading_error(weights: str, error: Exception) -> UserError:
-    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    text = silence() if not Path(weights).exists() else ""
+    text = text or f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if "trust_remote_code" in str(error):
         fix = "set model.trust_remote_code: true if you know and trust the model's authors"
     elif Path(weights).is_dir():

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from zhibei.config.errors import UserError
+from zhibei.text.hub import hub_options, silence
 
 TOKENIZERS_VERSION: str = tokenizers.__version__
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<PAD>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
@@ -185,11 +186,12 @@ def load_hugging_face_tokenizer(path: str, *, revision: str | None = None, trust
         else:
             from transformers import AutoTokenizer
 
-            loaded = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+            options = {"revision": revision, "trust_remote_code": trust_remote_code, **hub_options(place)}
+            loaded = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # transformers raises anything from OSError to KeyError for a broken folder
         if not Path(place).exists():
             raise UserError(
-                f"no such folder here, and the hub does not give it: {_first_line(error)}",
+                f"no such folder here, and the hub does not give it: {silence() or _first_line(error)}",
                 expected="a folder with a tokenizer, or the id of a model that can be downloaded",
                 fix="check the name and the network; gated models need `hf auth login`",
                 where=path,
