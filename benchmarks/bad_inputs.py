@@ -1,10 +1,11 @@
 """What `zhibei train` and `zhibei check` say to bad inputs and to sound ones, judged by rule. Knows no single input.
 
-Every input of tests/bad_inputs is made in a folder of its own and given to the real command in a process of its own.
+Every input of tests/bad_inputs is made in a folder of its own and given to the command: the 68 each in a process of its
+own, as a user would (their seconds count from the launch), variants and sound inputs in this process.
 Verdict and grade come from the exit code, the figures that a run wrote, and regular expressions for what a message must
 name; nothing here is judged by a person.
 
-    python -m benchmarks.bad_inputs                    # all of them, about ten minutes on two cores
+    python -m benchmarks.bad_inputs                    # all of them, about five minutes on two cores
     python -m benchmarks.bad_inputs --only c7 d11      # some, to look at; writes nothing
 """
 
@@ -48,11 +49,13 @@ PEERS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def try_scenarios(scenarios: Sequence[Scenario], folder: Path, models: Models) -> list[dict[str, Any]]:
+def try_scenarios(
+    scenarios: Sequence[Scenario], folder: Path, models: Models, *, in_process: bool
+) -> list[dict[str, Any]]:
     """One entry per bad input."""
     entries = []
     for scenario in scenarios:
-        place, judgement, seen = run_scenario(scenario, folder / scenario.id, models, in_process=False)
+        place, judgement, seen = run_scenario(scenario, folder / scenario.id, models, in_process=in_process)
         entries.append(
             {
                 "id": scenario.id,
@@ -65,7 +68,7 @@ def try_scenarios(scenarios: Sequence[Scenario], folder: Path, models: Models) -
                 "seconds": round(seen.seconds, 2),
                 "missing": list(judgement.missing),
                 "faults": list(judgement.faults),
-                "touched": list(seen.changed),
+                "touched": list(seen.changed) if judgement.verdict != "handled" else [],
                 "left_behind": list(seen.created) if seen.exit_code == 2 else [],
                 "message": shortened(seen.text, folder),
             }
@@ -78,7 +81,7 @@ def try_controls(folder: Path, models: Models) -> list[dict[str, Any]]:
     """One entry per sound input: the small runs, and every shipped recipe on a small model of its family."""
     entries = []
     for control in [*CONTROLS, *recipe_controls()]:
-        judgement, seen = run_control(control, folder / f"sound-{control.id}", models, in_process=False)
+        judgement, seen = run_control(control, folder / f"sound-{control.id}", models)
         entries.append(
             {
                 "id": control.id,
@@ -118,7 +121,7 @@ def counts(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def record_of(entries: list[dict[str, Any]], *, method: str, **more: Any) -> Record:
+def record_of(entries: list[dict[str, Any]], *, method: str, process: str, **more: Any) -> Record:
     """One record of the result file."""
     seconds = [entry["seconds"] for entry in entries]
     median, spread = median_and_spread(seconds)
@@ -127,7 +130,7 @@ def record_of(entries: list[dict[str, Any]], *, method: str, **more: Any) -> Rec
         "who": "zhibei",
         "version": version_of("zhibei"),
         "method": method,
-        "settings": {"inputs": len(entries)},
+        "settings": {"inputs": len(entries), "process": process},
         "seconds": round(median, 2),
         "spread": {"seconds": spread},
         "repeats": 1,
@@ -154,16 +157,21 @@ def main() -> None:
         models = Models(folder / "models")
         if options.only:
             chosen = [case for case in [*CASES, *VARIANTS] if case.id.startswith(tuple(options.only))]
-            print(counts(try_scenarios(chosen, folder, models)))
+            print(counts(try_scenarios(chosen, folder, models, in_process=False)))
             return
-        cases = try_scenarios(CASES, folder, models)
-        variants = try_scenarios(VARIANTS, folder, models)
+        cases = try_scenarios(CASES, folder, models, in_process=False)
+        variants = try_scenarios(VARIANTS, folder, models, in_process=True)
         controls = try_controls(folder, models)
     alarms = sum(entry["verdict"] == "false alarm" for entry in controls)
     records = [
-        record_of(cases, method="the 68 bad inputs", counts=counts(cases), peers=PEERS),
-        record_of(variants, method="variants of them", counts=counts(variants)),
-        record_of(controls, method="sound inputs", counts={"sound inputs": len(controls), "false alarms": alarms}),
+        record_of(cases, method="the 68 bad inputs", process="own", counts=counts(cases), peers=PEERS),
+        record_of(variants, method="variants of them", process="shared", counts=counts(variants)),
+        record_of(
+            controls,
+            method="sound inputs",
+            process="shared",
+            counts={"sound inputs": len(controls), "false alarms": alarms},
+        ),
     ]
     merge(FILE, [with_surroundings(record, COMMAND) for record in records])
 

@@ -167,6 +167,6 @@ CONTROLS = [
     Control("reward_check", pairs("reward")),
     Control("7b_qlora_on_4090", large_model("7b", "rtx4090", QLORA), ("quantised-base-not-trained-here",)),
     Control("7b_lora_on_h100", large_model("7b", "h100-80g", LORA)),
-    Control("7b_full_on_8_h100", large_model("7b", "h100-80g:8", {})),
+    Control("7b_full_on_h200", large_model("7b", "h200", {})),
     Control("7b_lora_fp16_on_v100", large_model("7b", "v100-32g:4", {**LORA, "model.precision": "fp16"})),
 ]
