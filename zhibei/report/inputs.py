@@ -47,6 +47,7 @@ class RunInputs:
     samples: list[SamplePanel] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
     resolved: str = ""
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -71,6 +72,7 @@ def read_inputs(run_dir: RunDir) -> RunInputs:
         ledger=read_json_lines(run_dir.ledger, problems, most=MOST_LEDGER_ENTRIES),
         samples=read_samples(run_dir.samples, problems),
         manifest=as_dict(read_json(run_dir.manifest, problems)),
+        plan=as_dict(read_json(run_dir.plan, problems)),
         proofs=[proof for proof in proofs if isinstance(proof, dict)] if isinstance(proofs, list) else [],
         resolved=read_text(run_dir.resolved, problems),
         problems=problems,

@@ -162,7 +162,9 @@ def key_figure_tiles(inputs: RunInputs) -> Section:
         small = both("non-padding, in optimiser steps", "不含填充，仅计优化步")
         tiles.append(tile("tokens per second", "每秒词元数", f"{figures['tokens_per_s']:,.0f}", small=small))
     if figures["peak_gib"] is not None:
-        tiles.append(tile("peak GPU memory", "GPU 显存峰值", f"{figures['peak_gib']:.2f} GiB"))
+        planned = finite(inputs.plan.get("peak_gib"))
+        small = both(f"{planned:.2f} GiB planned", f"计划为 {planned:.2f} GiB") if planned is not None else None
+        tiles.append(tile("peak GPU memory", "GPU 显存峰值", f"{figures['peak_gib']:.2f} GiB", small=small))
     if figures["host_gib"] is not None:
         tiles.append(tile("peak host memory", "主机内存峰值", f"{figures['host_gib']:.2f} GiB"))
     body = tag("dl", join(tiles), class_="tiles") if tiles else missing(
