@@ -66,6 +66,7 @@ def try_scenarios(
                 "grade": judgement.grade,
                 "exit_code": seen.exit_code,
                 "seconds": round(seen.seconds, 2),
+                "cpu_seconds": round(seen.cpu_seconds, 2),
                 "missing": list(judgement.missing),
                 "faults": list(judgement.faults),
                 "touched": list(seen.changed) if judgement.verdict != "handled" else [],
@@ -125,6 +126,7 @@ def record_of(entries: list[dict[str, Any]], *, method: str, process: str, **mor
     """One record of the result file."""
     seconds = [entry["seconds"] for entry in entries]
     median, spread = median_and_spread(seconds)
+    refused = [entry for entry in entries if entry["exit_code"] == 2]
     return {
         "benchmark": "bad_inputs",
         "who": "zhibei",
@@ -133,6 +135,8 @@ def record_of(entries: list[dict[str, Any]], *, method: str, process: str, **mor
         "settings": {"inputs": len(entries), "process": process},
         "seconds": round(median, 2),
         "spread": {"seconds": spread},
+        "slowest_refusal_seconds": max((entry["seconds"] for entry in refused), default=None),
+        "slowest_refusal_cpu_seconds": max((entry.get("cpu_seconds", 0.0) for entry in refused), default=None),
         "repeats": 1,
         "load_average": [round(value, 2) for value in os.getloadavg()],
         **more,
@@ -163,15 +167,11 @@ def main() -> None:
         variants = try_scenarios(VARIANTS, folder, models, in_process=True)
         controls = try_controls(folder, models)
     alarms = sum(entry["verdict"] == "false alarm" for entry in controls)
+    sound = {"sound inputs": len(controls), "false alarms": alarms}
     records = [
         record_of(cases, method="the 68 bad inputs", process="own", counts=counts(cases), peers=PEERS),
         record_of(variants, method="variants of them", process="shared", counts=counts(variants)),
-        record_of(
-            controls,
-            method="sound inputs",
-            process="shared",
-            counts={"sound inputs": len(controls), "false alarms": alarms},
-        ),
+        record_of(controls, method="sound inputs", process="shared", counts=sound),
     ]
     merge(FILE, [with_surroundings(record, COMMAND) for record in records])
 

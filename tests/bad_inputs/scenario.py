@@ -76,6 +76,8 @@ class Seen:
     changed: tuple[str, ...]
     """Files that existed before and are different or gone."""
     created: tuple[str, ...]
+    cpu_seconds: float = 0.0
+    """Of the process it ran in, whatever else the machine was doing; 0 in this process."""
     findings: tuple[str, ...] = ()
     """Findings of level stop or warning that were shown, as `id`."""
 

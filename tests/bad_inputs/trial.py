@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -26,15 +27,17 @@ MOST_BYTES_HASHED = 2**24
 def try_command(command: Sequence[str], folder: Path, *, in_process: bool = True) -> Seen:
     """One command line with `folder` as its working directory."""
     before = snapshot(folder)
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), _cpu_of_children()
     exit_code, stdout, stderr = (_in_process if in_process else _as_process)(command, folder)
     seconds = time.monotonic() - started
+    cpu_seconds = _cpu_of_children() - cpu_before
     after = snapshot(folder)
     return Seen(
         exit_code=exit_code,
         stdout=stdout,
         stderr=stderr,
         seconds=round(seconds, 3),
+        cpu_seconds=round(cpu_seconds, 3),
         num_steps=steps_taken(folder, before),
         changed=tuple(sorted(path for path in before if after.get(path) != before[path])),
         created=tuple(sorted(path for path in after if path not in before)),
@@ -95,6 +98,11 @@ def steps_taken(folder: Path, before: dict[str, str]) -> int:
         records = [json.loads(line) for line in lines if line.strip()]
         most = max([most, *(int(record.get("step", 0)) for record in records if record.get("kind") == "train")])
     return most
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _in_process(command: Sequence[str], folder: Path) -> tuple[int, str, str]:

@@ -234,7 +234,8 @@ def last_line(facts: Facts, found: Checkup, *, seconds: float) -> Text:
     looked = [f"{found.num_checks} checks"]
     if facts.rows is not None:
         looked.append(f"{facts.rows.audit.get('rows_read', 0):,} rows")
-    looked += [f"machine {facts.machine.name}", f"{seconds:.1f} s"]
+    name = facts.machine.name
+    looked += [f"machine {name}" if facts.machine.is_described else name, f"{seconds:.1f} s"]
     text.append(f" ({', '.join(looked)}).", style="dim")
     missing = [name for name in ("model", "tokenizer", "template") if getattr(facts, name) is None]
     if missing:
