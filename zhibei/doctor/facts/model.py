@@ -153,7 +153,7 @@ def read_model(section: ModelSection, lora: LoraSection, *, cache: Path | None =
         shape_faults=tuple(shape_problems(config, entries)) if is_whole and config else (),
         zero_tensors=tuple(name for name in scan.zero if len(tensors.get(name, ("", ()))[1]) >= 2),
         wild_tensors={name: value for name, value in scan.largest.items() if WILD_VALUE < value < float("inf")},
-        num_bytes=sum(path.stat().st_size for path in paths),
+        num_bytes=sum(path.stat().st_size for path in paths if path.is_file()),  # a link may lead nowhere
     )
 
 
