@@ -68,7 +68,7 @@ def _phases(plan: MemoryPlan) -> Iterator[Text]:
     most = max(phase.gib for phase in plan.phases)
     scale = max(most, plan.capacity_gib or 0.0) or 1.0
     for phase in plan.phases:
-        line = Text(f"  {phase.name:11s}{phase.gib:8.2f} GiB ")
+        line = Text(f"  {phase.name:11s}{_size(phase.gib)} ")
         for name, size in sorted(phase.causes.items(), key=lambda item: -item[1]):
             line.append("█" * round(BAR * size / GIB / scale), style=COLOURS.get(name, "white"))
         yield line
@@ -76,7 +76,7 @@ def _phases(plan: MemoryPlan) -> Iterator[Text]:
             f"{name} {size / GIB:.2f}" for name, size in sorted(phase.causes.items(), key=lambda item: -item[1])
             if size / GIB >= SMALLEST_SHOWN_GIB
         ]  # fmt: skip
-        yield Text(f"             {', '.join(shown)} (at: {phase.moment})", style="dim")
+        yield Text(f"             {', '.join([*shown, f'at: {phase.moment}'])}", style="dim")
     if plan.capacity_gib is not None:
         yield Text(
             f"  on the card {plan.device_gib:7.2f} GiB: the peak, {RESERVE_SHARE:.0%} that torch's allocator keeps, "
@@ -113,6 +113,10 @@ def _around(found: Search, price: float | None) -> Iterator[Text]:
         yield Text(f"  note        {note}", style="yellow")
 
 
+def _size(gib: float) -> str:
+    return f"{gib:8.2f} GiB" if gib >= 0.1 else f"{gib * 1024:8.1f} MiB"
+
+
 def _hours(hours: float) -> str:
     return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
@@ -123,6 +127,8 @@ def _explained(plan: MemoryPlan, machine: Machine) -> Iterator[Text]:
     if shape is None:
         return
     billions = shape.num_parameters / 1e9
+    if billions < 0.01:
+        return
     rule = {"fp32": 4, "bf16": 2, "fp16": 2}[job.precision]
     yield Text(
         f"  {billions:.2f} billion parameters: {rule} GB per billion in {job.precision} make {billions * rule:.1f} GB "

@@ -187,7 +187,7 @@ def _finite(job: Job, elements: int) -> float:
 
 def _load(always: Causes, job: Job, held: Holdings) -> Causes:
     checked = {"weights": held.weights, "checks": _finite(job, held.largest)}
-    ready = {**always, "workspaces": WORKSPACE_BYTES / 2}
+    ready = {**always, "workspaces": WORKSPACE_BYTES / 2 * job.on_gpu}
     return max(checked, ready, key=lambda causes: sum(causes.values()))
 
 
