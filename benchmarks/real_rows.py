@@ -19,7 +19,7 @@ from benchmarks.records import RESULTS, Record, median_and_spread, merge, versio
 from zhibei.config.read import read_run
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 
 RESULT_FILE = RESULTS / "real_rows.json"
 TEMPLATES = {"alpaca": "alpaca", "conversations": "vicuna_v1.1", "cot": "alpaca_lora"}

@@ -42,7 +42,7 @@ def rows_of(prepared: PreparedRows) -> list[Row]:
 
 def run_ours(resolved: ResolvedRun) -> tuple[Curve, PreparedSet, RunFile]:
     """Train through `zhibei.train`'s own loop and read the curve from its metrics.jsonl."""
-    from zhibei.train.sft import train as train_ours
+    from zhibei.train.offline import train as train_ours
 
     seen: list[PreparedSet] = []
     run_dir = train_ours(resolved, on_audit=seen.append)

@@ -50,7 +50,7 @@ def test_reading_a_file_recognises_its_format(run_file: Path) -> None:
 
 
 def test_the_folder_of_loops_stays_callable_after_its_files_were_imported() -> None:
-    import zhibei.train.sft
+    import zhibei.train.offline
 
     assert callable(zhibei.train)
-    assert zhibei.train.sft is not None
+    assert zhibei.train.offline is not None

@@ -70,7 +70,7 @@ def resume(run_dir: str | Path, *, watch: Callable[[dict[str, Any]], None] | Non
     """Go on with a run that was stopped, from its newest sound checkpoint (`zhibei resume`)."""
     from zhibei.store.run_dir import RunDir
     from zhibei.train.record import ignore
-    from zhibei.train.sft import train
+    from zhibei.train.offline import train
 
     directory = RunDir(Path(run_dir))
     return train(read_run(directory.resolved), watch=watch or ignore, resume=directory)

@@ -182,8 +182,11 @@ def test_padding_that_is_seen_is_found(tmp_path, monkeypatch):
 
 def test_a_loss_that_depends_on_the_cut_is_found(tmp_path):
     scene = scene_of(tmp_path)
-    loss_sum = scene.materials.plain_loss_sum
-    averaged = replace(scene.materials, plain_loss_sum=lambda model, batch: loss_sum(model, batch) / batch.num_units)
+    loss_sum = scene.materials.task.plain_loss
+    averaged = replace(
+        scene.materials,
+        task=replace(scene.materials.task, plain_loss=lambda model, batch: loss_sum(model, batch) / batch.num_units),
+    )
     assert "one by one" in split(Scene(averaged)).problems[0][1].what
 
 

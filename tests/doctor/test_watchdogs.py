@@ -15,7 +15,7 @@ from zhibei.store.checkpoint import list_steps, newest_sound
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.alarms import Alarm
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 from zhibei.train.step import NonFiniteStep
 
 STARTED = {"kind": "event", "event": "started", "step": 0, "vocabulary": 32000, "peak_rate": 2e-5}
@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_needs_no_watchdog(tmp_path):
 
 
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
-    monkeypatch.setattr("zhibei.train.sft.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("zhibei.train.offline.free_bytes", lambda folder: 1000)
     run_watched(tmp_path, "sft.save_every=0", "sft.keep_best=false")
     warned = [event for event in events(tmp_path) if event["event"] == "warning"]
     assert [event["watchdog"] for event in warned] == ["disk_filling"]

@@ -10,7 +10,7 @@ from zhibei.cli.app import run_command
 from zhibei.doctor.rehearsal import STEPS, rehearse
 from zhibei.doctor.watchdogs import watch_over
 from zhibei.store.metrics import read_metrics
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 
 pytestmark = [
     pytest.mark.gpu,

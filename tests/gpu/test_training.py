@@ -19,7 +19,7 @@ from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.run_dir import RunDir
 from zhibei.train.optimizer import make_optimizer
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 from zhibei.train.split_adamw import SplitAdamW
 from zhibei.train.step import Stepper
 from zhibei.train.token_loss import token_loss

@@ -16,7 +16,7 @@ from zhibei.data.prepared import PreparedRows
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model import attention
 from zhibei.model.language_model import LanguageModel
-from zhibei.train.materials import token_loss
+from zhibei.train.token_loss import token_loss
 
 pytestmark = pytest.mark.parity
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from tests.train.small_run import small_run
 from zhibei.store.checkpoint import check_checkpoint, list_steps, newest_sound
 from zhibei.store.run_dir import RunDir
-from zhibei.train import sft
+from zhibei.train.offline import train
 
 SETTINGS = ["name=killed", "sft.max_steps=400", "sft.save_every=3", "sft.evaluate_every=100", "lora.rank=4"]
 SETTINGS += ["model.method=lora", "lora.dropout=0.1", "sft.sample_tokens=0"]
@@ -38,7 +38,7 @@ def child(folder: Path, run_dir: RunDir, start: int) -> int:
         with open(folder / "child.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 begun = run_dir.manifest.is_file()
-                sft.train(small_run(folder, *SETTINGS), resume=run_dir if begun else None)
+                train(small_run(folder, *SETTINGS), resume=run_dir if begun else None)
                 code = 0
             except BaseException as error:
                 print(f"trial {start}: {type(error).__name__}: {error}", file=log, flush=True)

@@ -12,7 +12,7 @@ from tests.train.kill_driver import SETTINGS
 from tests.train.small_run import small_run
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 
 NUM_KILLS = 50
 

@@ -14,7 +14,7 @@ from zhibei.model.locate import locate
 from zhibei.serve.chat import open_speaker
 from zhibei.store.run_dir import RunDir
 from zhibei.store.verify import inspect_run
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 
 SHORT = ["sft.max_steps=2", "sft.warmup_steps=0", "sft.evaluate_every=0", "sft.save_every=0", "sft.sample_tokens=0"]
 

@@ -16,7 +16,7 @@ from zhibei.model.locate import locate
 from zhibei.store.checkpoint import list_steps, load_checkpoint
 from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import gather
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 
 SHORT = ["sft.max_steps=3", "sft.warmup_steps=0", "sft.sample_tokens=0"]
 

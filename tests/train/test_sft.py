@@ -17,7 +17,7 @@ from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.store.checkpoint import list_steps
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
-from zhibei.train.sft import train
+from zhibei.train.offline import train
 from zhibei.train.step import NonFiniteStep, Stepper
 
 

@@ -90,7 +90,7 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     # Torch is loaded only now: a run that is refused is refused within a second or two.
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.beginning import run_dir_of
-    from zhibei.train.sft import train
+    from zhibei.train.offline import train
 
     rehearsed = None
     if resumed is None and is_wanted(resolved):

@@ -27,7 +27,8 @@ class Batch:
     `targets_BT` holds the next token where it is learned, else -100; the shift by one happens here and nowhere else.
     Packed batches (B = 1) have `borders` (int32, cumulative row lengths from 0); rows beyond `row_numbers` are padding.
     Padded batches have a `mask_BT` of real tokens instead. `num_units` counts what the loss is a mean of: learned
-    tokens, or items (pairs, judged answers). `columns_I` holds figures of the items, [I] each.
+    tokens, or items (pairs, judged answers); `num_learned` counts learned tokens in any case. `columns_I` holds figures
+    of the items, [I] each.
     """
 
     tokens_BT: torch.Tensor
@@ -38,6 +39,7 @@ class Batch:
     row_lengths: tuple[int, ...]
     row_numbers: tuple[int, ...]
     num_units: int
+    num_learned: int = 0
     columns_I: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -248,6 +250,7 @@ def collate_packed(rows: PreparedRows, numbers: Sequence[int] | np.ndarray, plan
         row_lengths=tuple(lengths),
         row_numbers=tuple(int(number) for number in numbers),
         num_units=int((targets != NOT_LEARNED).sum()),
+        num_learned=int((targets != NOT_LEARNED).sum()),
     )
 
 
@@ -271,4 +274,5 @@ def collate_padded(rows: PreparedRows, numbers: Sequence[int] | np.ndarray, plan
         row_lengths=tuple(lengths),
         row_numbers=tuple(int(number) for number in numbers),
         num_units=int((targets_BT != NOT_LEARNED).sum()),
+        num_learned=int((targets_BT != NOT_LEARNED).sum()),
     )

@@ -137,7 +137,7 @@ def split(scene: Scene) -> Seen:
 
     materials = scene.materials
     numbers = _short_rows(materials)
-    model, loss_sum = materials.model, materials.plain_loss_sum
+    model, loss_sum = materials.model, materials.task.plain_loss
     parts = [_collated(materials, [number]) for number in numbers]
     with torch.no_grad(), evaluating(model.hf):
         whole = float(loss_sum(model, _collated(materials, numbers).to(model.device)))
@@ -239,7 +239,7 @@ def evaluation(scene: Scene) -> Seen:
         return Seen("no held-out rows in this run")
     batch = worst_heldout(materials.heldout)
     with torch.no_grad(), evaluating(materials.model.hf):
-        total = float(materials.plain_loss_sum(materials.model, batch.to(materials.model.device)))
+        total = float(materials.task.plain_loss(materials.model, batch.to(materials.model.device)))
     loss = total / max(1, batch.num_units)
     detail = f"{batch.tokens_BT.numel():,} tokens, loss {loss:.4f}"
     if math.isfinite(loss):

@@ -44,14 +44,17 @@ class HeadShape:
 class LanguageModel:
     """The border object around a transformers (and PEFT) model.
 
-    `hf` is the outermost module (a PeftModel when adapters are present), `inner` the transformers model.
+    `hf` is the outermost module (a PeftModel when adapters are present), `inner` the transformers model. `head` is
+    the model's own unless another is given (the score head of a reward model).
     """
 
-    def __init__(self, hf: Any, *, attention_name: str, longest_row: int, neftune_alpha: float = 0.0) -> None:
+    def __init__(
+        self, hf: Any, *, attention_name: str, longest_row: int, neftune_alpha: float = 0.0, head: Any = None
+    ) -> None:
         self.hf = hf
         self.inner = plain_model(hf)
         self.body = self.inner.base_model
-        self.head = self.inner.get_output_embeddings()
+        self.head = self.inner.get_output_embeddings() if head is None else head
         if self.head is None:
             raise UserError(
                 f"{type(self.inner).__name__} has no language-model head",
@@ -74,7 +77,8 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        """Of the body; a score head is fp32 whatever the body computes in."""
+        return self.inner.get_input_embeddings().weight.dtype
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that learn, by the name they have in `hf`; tied ones appear once."""

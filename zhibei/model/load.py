@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
     Raises UserError for missing or damaged weights, non-finite weights, rows longer than the model's positions,
     adapter targets that match nothing, and families this package cannot train exactly.
     """
+    hf, name = load_base(section, lora, need)
+    if section.method == "lora":
+        hf = add_adapters(hf, lora, seed=need.seed)
+    model = LanguageModel(hf, attention_name=name, longest_row=need.longest_row, neftune_alpha=need.neftune_alpha)
+    make_ready(model, need)
+    check_head(model)
+    return model
+
+
+def load_base(section: ModelSection, lora: LoraSection, need: Need) -> tuple[Any, str]:
+    """The transformers model that training begins with, an adapter of model.path merged into it, and the name of its
+    attention. Raises UserError as `load_for_training`."""
     if section.method == "qlora" or section.quantize != "none":
         raise UserError(
             f"model.method: {section.method}, quantize: {section.quantize}: quantised bases cannot be trained yet",
@@ -59,11 +72,11 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
             require_base(adapter, Path(found.weights))
     name = choose_attention(section.attention, need)
     hf = load_weights(found, section, need, attention_name=name)
-    if found.adapter is not None:
-        hf = _merged(hf, found.adapter)
-    if section.method == "lora":
-        hf = add_adapters(hf, lora, seed=need.seed)
-    model = LanguageModel(hf, attention_name=name, longest_row=need.longest_row, neftune_alpha=need.neftune_alpha)
+    return (hf if found.adapter is None else _merged(hf, found.adapter)), name
+
+
+def make_ready(model: LanguageModel, need: Need) -> None:
+    """Training mode, and attention that keeps packed rows apart. Raises UserError for families that cannot."""
     if need.packing and not model.inner._supports_attention_backend:
         raise UserError(
             f"{type(model.inner).__name__} does not let its attention be replaced: packed rows would see one another",
@@ -71,12 +84,10 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
             fix="set data.packing: false",
             where="data.packing",
         )
-    if name == attention.VARLEN and (model.config.to_dict().get("attn_logit_softcapping") is not None):
+    if model.attention_name == attention.VARLEN and (model.config.to_dict().get("attn_logit_softcapping") is not None):
         model.attention_name = attention.DOCUMENTS
         model.inner.set_attn_implementation(attention.DOCUMENTS)
-    check_head(model)
     model.hf.train()
-    return model
 
 
 def load_for_inference(
@@ -89,7 +100,7 @@ def load_for_inference(
     hf = load_weights(found, ModelSection(path=path), need, attention_name="auto")
     if found.adapter is not None:
         require_base(found.adapter, Path(found.weights))
-        hf = _with_adapter(hf, found.adapter)
+        hf = with_adapter(hf, found.adapter)
     model = LanguageModel(hf, attention_name="auto", longest_row=0)
     model.hf.eval()
     return model
@@ -118,8 +129,9 @@ def choose_attention(asked: str, need: Need) -> str:
 
 
 def load_weights(found: Located, section: ModelSection, need: Need, *, attention_name: str) -> Any:
-    """The transformers model, complete and finite, on its device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The transformers model, complete and finite, on its device: a language model, or a reward model where the folder
+    holds one (`config.json` names a class for sequences)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
     # Our own checks below say what is wrong with a file or field; the load report and its bars say it less well.
@@ -131,7 +143,8 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     try:
         config = AutoConfig.from_pretrained(found.weights, **options)
         _apply_rope_scaling(config, section, need)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForSequenceClassification if is_score_config(config.to_dict()) else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             found.weights,
             config=config,
             dtype=DTYPES[need.precision],
@@ -151,6 +164,11 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     _check_complete(found.weights, info)
     check_finite(hf, found.weights)
     return hf
+
+
+def is_score_config(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a model that scores sequences instead of continuing them."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
 def _their_attention(config: Any, name: str) -> str | None:
@@ -261,7 +279,8 @@ def _loading_error(weights: str, error: Exception) -> UserError:
     )
 
 
-def _with_adapter(hf: Any, folder: Path) -> Any:
+def with_adapter(hf: Any, folder: Path) -> Any:
+    """The model wrapped with the adapter of a folder. Raises UserError when it is incomplete or does not fit."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if not (folder / "adapter_model.safetensors").is_file():
@@ -280,4 +299,4 @@ def _with_adapter(hf: Any, folder: Path) -> Any:
 
 def _merged(hf: Any, folder: Path) -> Any:
     """Full training that starts from an adapter run continues on its merged weights."""
-    return _with_adapter(hf, folder).merge_and_unload(safe_merge=True)
+    return with_adapter(hf, folder).merge_and_unload(safe_merge=True)

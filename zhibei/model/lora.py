@@ -12,9 +12,14 @@ import torch
 from zhibei.config.errors import UserError
 from zhibei.config.run import LoraSection
 
+HEADS: dict[str, list[str]] = {"CAUSAL_LM": [], "SEQ_CLS": ["score"]}
+"""What PEFT's tasks train in full beside the adapters."""
 
-def add_adapters(hf: Any, section: LoraSection, *, seed: int) -> Any:
+
+def add_adapters(hf: Any, section: LoraSection, *, seed: int, task: str = "CAUSAL_LM") -> Any:
     """The model wrapped in PEFT, its base frozen. `section.adapter` continues from a folder, else fresh adapters.
+
+    `task` SEQ_CLS is a reward model: its head `score` is trained in full beside the adapters.
 
     Raises UserError for a target that matches no layer: PEFT would train the others and record the name as a target.
     """
@@ -27,14 +32,14 @@ def add_adapters(hf: Any, section: LoraSection, *, seed: int) -> Any:
         _check_names(section.targets, linear, where="lora.targets")
     _check_names(section.modules_to_save, [name for name, _ in hf.named_modules()], where="lora.modules_to_save")
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=section.rank,
         lora_alpha=section.alpha,  # pyright: ignore[reportArgumentType] (fractions work; the annotation says int)
         lora_dropout=section.dropout,
         target_modules=section.targets,
         use_rslora=section.rslora,
         use_dora=section.dora,
-        modules_to_save=section.modules_to_save or None,
+        modules_to_save=[*section.modules_to_save, *HEADS[task]] or None,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT asks transformers 5.23 for an attribute under its old name; nothing a user could do about it.
@@ -69,6 +74,13 @@ def read_adapter(hf: Any, folder: Path, *, is_trainable: bool = False) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False)
+
+
+def read_adapter_beside(model: Any, folder: str, *, name: str) -> None:
+    """Put the adapter of a PEFT folder beside those that a wrapped model has, frozen and under another name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        model.load_adapter(folder, name, is_trainable=False, autocast_adapter_dtype=False)
 
 
 def _check_names(names: list[str], modules: list[str], *, where: str) -> None:

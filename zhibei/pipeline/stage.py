@@ -43,7 +43,7 @@ def train_stage(run_file: Path, *, watch: Watch, on_rows: Callable[[int, str], N
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.report.page import write_report
     from zhibei.train.beginning import run_dir_of
-    from zhibei.train.sft import train
+    from zhibei.train.offline import train
 
     resolved = read_run(run_file)
     run_dir = run_dir_of(resolved.run)

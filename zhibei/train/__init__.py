@@ -28,8 +28,8 @@ class _CallableFolder(ModuleType):
         """Fine-tune as a run file, a recipe or a resolved run says; `watch` gets every record (`zhibei train`)."""
         from zhibei.config.read import read_run
         from zhibei.config.resolve import ResolvedRun
+        from zhibei.train.offline import train
         from zhibei.train.record import ignore
-        from zhibei.train.sft import train
 
         resolved = run if isinstance(run, ResolvedRun) else read_run(run, overrides)
         return train(resolved, watch=watch or ignore)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,35 +20,28 @@ from zhibei.store.manifest import finish_manifest
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
 from zhibei.train.beginning import tokenizer_place
-from zhibei.train.materials import Materials
 from zhibei.train.opening import checkpoint_path
 from zhibei.train.record import Recorder
 from zhibei.train.resume import Progress, load_weights
+from zhibei.train.task import Proof
+
+if TYPE_CHECKING:
+    from zhibei.train.materials import Materials
 
 PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Proof:
-    """One thing that was checked about what was written."""
-
-    name: str
-    passed: bool
-    detail: str
-    value: float | None = None
 
 
 def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> None:
     """Write runs/NAME/model and prove it. Raises RunStopped (exit code 3) when a proof fails; the checkpoint stays."""
     chosen = progress.step
-    best = checkpoint_path(run_dir, progress.best_step) if materials.run.sft.keep_best else None
+    best = checkpoint_path(run_dir, progress.best_step) if materials.run.training.keep_best else None
     if best is not None and progress.best_step != progress.step:
         groups, _ = load_checkpoint(best)
         load_weights(materials.model, groups["model"], where=best)
         chosen = progress.best_step or chosen
     with whole_folder(run_dir.model, purpose="the finished model") as folder:
-        write_model(materials, folder)
-    proofs = prove(materials, run_dir.model)
+        materials.task.write(materials, folder)
+    proofs = materials.task.prove(materials, run_dir.model)
     write_json_atomic(run_dir.proofs, [asdict(proof) for proof in proofs])
     failed = [proof for proof in proofs if not proof.passed]
     if failed:

@@ -27,11 +27,14 @@ from zhibei.train.beginning import load_run_tokenizer, run_dir_of
 from zhibei.train.optimizer import make_optimizer
 from zhibei.train.planning import settled_on
 from zhibei.train.schedule import require_peak
-from zhibei.train.step import LossSum, Stepper
-from zhibei.train.token_loss import token_loss
+from zhibei.train.sft import sft_task
+from zhibei.train.step import Stepper
+from zhibei.train.task import Task
 
 # Token counts are padded up to this on a GPU, so that compiled kernels and the matrix units see even shapes.
 GPU_PAD_MULTIPLE = 64
+TASKS: dict[str, Callable[[RunFile, TokenLoss], Task]] = {"sft": sft_task}
+"""The stages that learn from given rows."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Materials(Ready):
 
     model: LanguageModel
     stepper: Stepper
-    plain_loss_sum: LossSum
-    """Without label smoothing and z-loss: what held-out figures and perplexity mean."""
+    task: Task
+    """What this stage learns, and how it is judged and written."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -88,8 +91,8 @@ def gather(
     )
     model = load_for_training(run.model, run.lora, need)
     check_vocabulary(model, ready.tokenizer)
-    stepper, plain_loss_sum = make_stepper(run, model)
-    return Materials(**vars(ready), model=model, stepper=stepper, plain_loss_sum=plain_loss_sum, notes=resolved.notes)
+    stepper, task = make_stepper(run, model)
+    return Materials(**vars(ready), model=model, stepper=stepper, task=task, notes=resolved.notes)
 
 
 def read_rows(
@@ -137,16 +140,15 @@ def require_sft(run: RunFile) -> None:
         )
 
 
-def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, LossSum]:
-    """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the loss without
-    label smoothing and z-loss, which is what held-out figures mean."""
+def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
+    """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the task."""
     compiled = compile_layers(model, run.model.compile)
     how = run.model.activation_checkpointing
     checkpoint_activations(model, "none" if how == "auto" else how, compiled=compiled)
     plain = TokenLoss(softcap=model.head_shape.softcap, logit_scale=model.head_shape.scale, compiled=compiled)
-    shaped = replace(plain, label_smoothing=run.sft.label_smoothing, z_loss=run.sft.z_loss)
-    optimizer = make_optimizer(model.trainable(), run.sft)
-    return Stepper(model, optimizer, token_loss(shaped), max_grad_norm=run.sft.max_grad_norm), token_loss(plain)
+    task = TASKS[run.stage](run, plain)
+    optimizer = make_optimizer(model.trainable(), run.training)
+    return Stepper(model, optimizer, task.step_loss, max_grad_norm=run.training.max_grad_norm), task
 
 
 def plan_without_model(
@@ -165,12 +167,12 @@ def plan_without_model(
         "held_out_rows": len(rows.heldout),
         "tokens_per_epoch": int(rows.train.lengths.sum()),
         "optimiser_steps": batches.num_steps,
-        "micro_batch_tokens": run.sft.tokens_per_pass,
+        "micro_batch_tokens": run.training.tokens_per_pass,
         "activation_checkpointing": run.model.activation_checkpointing,
         "passes_in_first_step": len(batches.micro_batches(0)),
-        "learning_rate": run.sft.learning_rate,
-        "evaluate_every": run.sft.evaluate_every,
-        "save_every": run.sft.save_every,
+        "learning_rate": run.training.learning_rate,
+        "evaluate_every": run.training.evaluate_every,
+        "save_every": run.training.save_every,
     }
 
 
@@ -183,8 +185,8 @@ def make_batches(
 ) -> tuple[Batches, Batches | None]:
     """Training batches, and held-out ones when there are held-out rows."""
     plan = BatchPlan(
-        global_batch=run.sft.global_batch,
-        micro_batch_tokens=run.sft.tokens_per_pass,
+        global_batch=run.training.global_batch,
+        micro_batch_tokens=run.training.tokens_per_pass,
         packing=run.data.packing,
         shuffle=run.data.shuffle,
         group_by_length=run.data.group_by_length,
@@ -192,8 +194,8 @@ def make_batches(
         pad_multiple=GPU_PAD_MULTIPLE if device.type == "cuda" else 1,
         pad_token=pad_token,
     )
-    batches = Batches(rows.train, plan, epochs=run.sft.epochs, max_steps=run.sft.max_steps)
-    require_peak(run.sft, batches.num_steps)
+    batches = Batches(rows.train, plan, epochs=run.training.epochs, max_steps=run.training.max_steps)
+    require_peak(run.training, batches.num_steps)
     return batches, heldout_batches(rows.heldout, plan)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,9 +28,11 @@ from zhibei.store.manifest import (
     write_manifest,
 )  # fmt: skip
 from zhibei.store.run_dir import RunDir
-from zhibei.train.materials import Materials
 from zhibei.train.planning import write_plan
 from zhibei.train.resume import Progress, restore
+
+if TYPE_CHECKING:
+    from zhibei.train.materials import Materials
 
 MAY_CHANGE = (
     "micro_batch_tokens", "evaluate_every", "evaluate_rows", "early_stop_patience", "save_every", "keep_checkpoints",
@@ -63,7 +65,7 @@ def describe(materials: Materials) -> dict[str, Any]:
         "max_tokens": run.data.max_tokens,
         "data": source_files(run.data),
         "prepared_key": materials.rows.key,
-        "global_batch": run.sft.global_batch,
+        "global_batch": run.training.global_batch,
         "seed": run.seed,
         "method": run.model.method,
         "precision": materials.precision,

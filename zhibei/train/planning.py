@@ -29,7 +29,7 @@ def settled_on(device: torch.device, run: RunFile, rows: PreparedSet) -> Settled
     """The plan of a run with its real rows on this device."""
     machine = Machine("this machine", (gpu_of_device(device),) if device.type == "cuda" else ())
     lengths = rows.train.lengths.tolist()
-    return settle(run, shape_of_model(run), machine, rows_of_lengths(lengths, global_batch=run.sft.global_batch))
+    return settle(run, shape_of_model(run), machine, rows_of_lengths(lengths, global_batch=run.training.global_batch))
 
 
 def gpu_of_device(device: torch.device) -> Gpu:

@@ -47,7 +47,7 @@ class Recorder:
         self.write("event", step, event=event, text=text, **figures)
 
     def step(self, step: int, record: StepRecord, **figures: Any) -> None:
-        """One optimiser step: loss in nats per learned token, speed in real (unpadded) tokens per second.
+        """One optimiser step: loss in nats per unit, speed in real (unpadded) tokens per second.
 
         `figures`: epoch, learning_rate, seconds (of the step), data_seconds (waited for its rows before it),
         skipped_steps (so far) and skipped_in_row.
@@ -59,7 +59,7 @@ class Recorder:
             loss=record.loss,
             grad_norm=record.grad_norm,
             tokens=record.num_tokens,
-            supervised_tokens=record.num_units,
+            supervised_tokens=record.num_learned_tokens,
             tokens_per_s=round(record.num_tokens / max(seconds, 1e-9), 1),
             seconds=round(seconds, 6),
             peak_gib=self.peak_gib(),
@@ -68,6 +68,7 @@ class Recorder:
             host_held_gib=host_held_gib(),
             micro_batches=record.num_micro_batches,
             skipped=int(record.was_skipped),
+            **record.figures,
             **figures,
         )
 

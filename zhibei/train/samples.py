@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zhibei.config.run import RunFile
+from zhibei.config.run import AnsweringSection, RunFile
 from zhibei.data.prepared import PreparedRows
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.sampler import generate
@@ -44,12 +44,14 @@ class Panel:
 
 
 def make_panel(run: RunFile, heldout: PreparedRows, tokenizer: Tokenizer, template: Template) -> Panel | None:
-    """The run file's prompts, or the first held-out ones; None when the panel is switched off or there are none."""
-    if run.sft.sample_tokens == 0:
+    """The run file's prompts, or the first held-out ones; None when the panel is switched off, there are none, or
+    the stage's model writes no answers."""
+    section = run.training
+    if not isinstance(section, AnsweringSection) or section.sample_tokens == 0:
         return None
-    if run.sft.sample_prompts:
-        rendered = [template.render((Message("user", text),), answer_next=True).text for text in run.sft.sample_prompts]
-        prompts, texts = [tokenizer.encode(text) for text in rendered], list(run.sft.sample_prompts)
+    if section.sample_prompts:
+        rendered = [template.render((Message("user", text),), answer_next=True).text for text in section.sample_prompts]
+        prompts, texts = [tokenizer.encode(text) for text in rendered], list(section.sample_prompts)
     else:
         prompts = [heldout_prompt(heldout, number) for number in range(min(NUM_HELDOUT_PROMPTS, len(heldout)))]
         prompts = [prompt for prompt in prompts if prompt]
@@ -57,7 +59,7 @@ def make_panel(run: RunFile, heldout: PreparedRows, tokenizer: Tokenizer, templa
     if not prompts:
         return None
     options = SamplingOptions(
-        max_new_tokens=run.sft.sample_tokens,
+        max_new_tokens=section.sample_tokens,
         temperature=0.0,
         stop_strings=template.stop_strings,
         overflow="fewer_tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from zhibei.model.language_model import LanguageModel
 from zhibei.train.optimizer import Optimizer
 
 LossSum = Callable[[LanguageModel, Batch], torch.Tensor]
+"""The sum of a loss over the units of a batch."""
+StepLoss = Callable[[LanguageModel, Batch], torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+"""The same, optionally with named sums over the units, which become figures of the step."""
 FIRST_SCALE = 2.0**16
 GROW_AFTER_STEPS = 1000
 SMALLEST_SCALE = 2.0**-4
@@ -24,7 +27,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did. `loss` is the mean per learned token of the whole step, in nats."""
+    """What one step did. `loss` is the mean per unit (learned token, pair, judged answer) of the whole step, in nats;
+    `figures` are means per unit too."""
 
     loss: float
     grad_norm: float
@@ -32,6 +36,8 @@ class StepRecord:
     num_tokens: int
     num_micro_batches: int
     was_skipped: bool = False
+    num_learned_tokens: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class NonFiniteStep(RunStopped):
@@ -74,7 +80,7 @@ class LossScale:
 class Stepper:
     """Holds the model, the optimiser and the loss scale between steps.
 
-    The step's loss is one mean over all units (learned tokens) of the step, however they are cut into micro-batches:
+    The step's loss is one mean over all units of the step, however they are cut into micro-batches:
     losses return sums, and the division happens here, once, before backward.
     """
 
@@ -82,7 +88,7 @@ class Stepper:
         self,
         model: LanguageModel,
         optimizer: Optimizer,
-        loss_sum: LossSum,
+        loss_sum: StepLoss,
         *,
         max_grad_norm: float,
     ) -> None:
@@ -114,8 +120,12 @@ class Stepper:
             )
         self._is_summing = len(micro_batches) > 1
         total = torch.zeros((), device=self.model.device)
+        figures: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            batch_sum = self.loss_sum(self.model, batch.to(self.model.device))
+            outcome = self.loss_sum(self.model, batch.to(self.model.device))
+            batch_sum, sums = outcome if isinstance(outcome, tuple) else (outcome, {})
+            for name, value in sums.items():
+                figures[name] = figures[name] + value.detach() if name in figures else value.detach()
             if not batch_sum.requires_grad:
                 raise nothing_learns()
             (batch_sum * (self.scale.value / num_units)).backward()
@@ -127,13 +137,16 @@ class Stepper:
         self._note_reached(tuple(gradients), norms_N)
         norm = torch.linalg.vector_norm(norms_N) / self.scale.value
         # The one wait for the device in a step: a bad step must be seen before it is applied.
-        loss, grad_norm = (torch.stack([total / num_units, norm])).tolist()
+        means = [value.float() / num_units for value in figures.values()]
+        loss, grad_norm, *others = torch.stack([total / num_units, norm, *means]).tolist()
         record = StepRecord(
             loss=loss,
             grad_norm=grad_norm,
             num_units=num_units,
             num_tokens=sum(batch.num_tokens for batch in micro_batches),
             num_micro_batches=len(micro_batches),
+            num_learned_tokens=sum(batch.num_learned for batch in micro_batches),
+            figures=dict(zip(figures, others, strict=True)),
         )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self._bad_step(record, micro_batches)

@@ -1,0 +1,249 @@
+"""The loop that learns from rows that are there before it begins: batch, step, watch, evaluate, save. Knows no doctor.
+
+Supervised fine-tuning, reward models and learning from preferences run through it; what differs between them is their
+`Task` (train/task.py). Watchdogs, progress lines and reports reach the loop as `watch`, a function of one record; it
+may answer with an alarm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from zhibei.config.errors import RunInterrupted, UserError
+from zhibei.config.resolve import ResolvedRun
+from zhibei.data.prepared import PreparedSet
+from zhibei.store.checkpoint import list_steps, prune
+from zhibei.store.files import free_bytes
+from zhibei.store.locks import hold_lock
+from zhibei.store.metrics import Metrics
+from zhibei.store.run_dir import RunDir
+from zhibei.train.alarms import asks_for_save, say, stopped_by, stopping
+from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
+from zhibei.train.cadence import Cadence, looks_after
+from zhibei.train.finish import finish
+from zhibei.train.interrupts import stop_requests
+from zhibei.train.materials import Materials, gather
+from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
+from zhibei.train.record import Recorder, Watch, ignore, with_waits
+from zhibei.train.resume import Progress, save
+from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
+from zhibei.train.schedule import learning_rate
+from zhibei.train.step import NonFiniteStep, StepRecord
+
+
+def train(
+    resolved: ResolvedRun,
+    *,
+    watch: Watch = ignore,
+    resume: RunDir | None = None,
+    on_rows: Callable[[int, str], None] | None = None,
+    on_audit: Callable[[PreparedSet], None] | None = None,
+) -> RunDir:
+    """Teach the model what its rows hold, as the stage does; returns the run directory with the finished model.
+
+    `resume` continues that run from its newest sound checkpoint. `on_rows` is told how preparation goes,
+    `on_audit` gets the audited rows before any weight is loaded.
+
+    Raises UserError before anything is written when the run cannot work, RunInterrupted after a signal (state saved),
+    and RunStopped (exit code 3) when `watch` says so, NonFiniteStep when loss or gradients stop being finite.
+    """
+    run_dir = resume or run_dir_of(resolved.run)
+    if resume is None:
+        refuse_existing(run_dir)
+        require_writable(run_dir)
+    materials = gather(resolved, on_rows=on_rows, on_audit=on_audit)
+    if resume is None:
+        progress, notes = open_new(run_dir, materials, describe(materials)), []
+    else:
+        progress, notes = open_again(run_dir, materials)
+    with hold_lock(run_dir.path / ".training.lock", patience_seconds=0):
+        materials = materials.task.prepare(materials, run_dir, progress.step)
+        run_loop(materials, run_dir, progress, [*notes, *materials.notes], watch=watch)
+    return run_dir
+
+
+def run_loop(materials: Materials, run_dir: RunDir, progress: Progress, notes: list[str], *, watch: Watch) -> None:
+    """The loop and its end, with figures going to the metrics file and to `watch`."""
+    run = materials.run
+    with Metrics(
+        run_dir.path,
+        tensorboard=run.log.tensorboard,
+        wandb=run.log.wandb,
+        run_name=run.name,
+        config=run.model_dump(mode="json"),
+        resume_at_step=progress.step or None,
+    ) as metrics:
+        recorder = Recorder(metrics, watch, materials.device)
+        for note in [*notes, *metrics.notes]:
+            recorder.event(progress.step, "note", note)
+        loop(materials, run_dir, progress, recorder)
+        finish(materials, run_dir, progress, recorder)
+
+
+def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> None:
+    """Batch, step, watch, evaluate, save; until the last step, an early stop or a signal."""
+    run, stepper, batches, task = materials.run, materials.stepper, materials.batches, materials.task
+    section = run.training
+    cadence = Cadence(section.evaluate_every or 0, section.save_every or 0, batches.num_steps)
+    panel = make_panel(run, materials.rows.heldout, materials.tokenizer, materials.template)
+    peak = section.learning_rate or 0.0
+    recorder.event(
+        progress.step,
+        "started" if progress.step == 0 else "resumed",
+        f"{materials.model.num_parameters()[0]:,} of {materials.model.num_parameters()[1]:,} parameters learn, "
+        f"{materials.precision} on {materials.device}",
+        total_steps=batches.num_steps,
+        total_rows=batches.num_items,
+        vocabulary=materials.model.head.weight.shape[0] if task.unit == "token" else None,
+        peak_rate=peak,
+    )
+    stepper.remember_weights()
+    if progress.step == 0:
+        task.probe(materials, has_moved=False)
+        evaluate(materials, run_dir, progress, recorder, panel)
+    with stop_requests() as stop:
+        for data_seconds, (step, micro_batches) in with_waits(batches.steps(progress.step)):
+            started = time.monotonic()
+            rate = learning_rate(step, section=section, peak=peak, num_steps=batches.num_steps)
+            try:
+                record = stepper.step(task.before_step(materials.model, micro_batches), learning_rate=rate)
+            except NonFiniteStep as problem:
+                raise stopped(problem, materials, run_dir, progress, recorder) from None
+            seconds = time.monotonic() - started
+            progress.step = step + 1
+            progress.tokens += record.num_tokens
+            progress.learned_tokens += record.num_learned_tokens
+            progress.seconds += seconds
+            count_skipped(progress, record)
+            if progress.step % run.log.every == 0 or progress.step == batches.num_steps:
+                recorder.step(
+                    progress.step,
+                    record,
+                    epoch=round(batches.epoch_at(progress.step), 6),
+                    learning_rate=rate,
+                    seconds=seconds,
+                    data_seconds=round(data_seconds, 6),
+                    skipped_steps=progress.all_skipped_steps,
+                    skipped_in_row=progress.skipped_steps,
+                )
+            if stepper.effective_steps == 1 and rate > 0:
+                task.probe(materials, has_moved=True)
+            if looks_after(progress.step):
+                recorder.write("look", progress.step, **stepper.look(), **disk(materials, run_dir))
+            is_best = False
+            if cadence.evaluates_after(progress.step):
+                is_best = evaluate(materials, run_dir, progress, recorder, panel)
+            alarms = recorder.take_alarms()
+            halt = stopping(alarms)
+            say([alarm for alarm in alarms if alarm is not halt], recorder, step=progress.step)
+            wants_save = cadence.saves_after(progress.step) or (is_best and section.keep_best) or stop
+            if asks_for_save(alarms) or (wants_save and (halt is None or halt.is_worth_saving)):
+                try:
+                    stepper.require_finite_weights(micro_batches)
+                except NonFiniteStep as problem:
+                    raise stopped(problem, materials, run_dir, progress, recorder) from None
+                checkpoint(materials, run_dir, progress, recorder)
+            if halt is not None:
+                say([halt], recorder, step=progress.step)
+                raise stopped_by(halt, run_dir, step=progress.step, newest=newest_step(run_dir))
+            if stop:
+                recorder.event(progress.step, "interrupted", f"{stop.name}: saved at step {progress.step}")
+                raise interrupted(stop.name or "a signal", run_dir, progress)
+            patience = section.early_stop_patience
+            if patience is not None and progress.evaluations_without_gain >= patience:
+                recorder.event(progress.step, "early stop", f"no better held-out loss in {patience} evaluations")
+                break
+
+
+def evaluate(
+    materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder, panel: Panel | None
+) -> bool:
+    """Held-out figures and the sample panel; returns whether this is the best loss so far (step 0 counts)."""
+    if panel is not None:
+        write_panel(panel, materials.model, run_dir, step=progress.step)
+    if materials.heldout is None:
+        return False
+    seen = materials.task.evaluate(materials, materials.heldout)
+    is_best = progress.best_loss is None or seen.loss < progress.best_loss
+    if is_best:
+        progress.best_loss, progress.best_step = seen.loss, progress.step
+    progress.evaluations_without_gain = 0 if is_best else progress.evaluations_without_gain + 1
+    recorder.write(
+        "heldout",
+        progress.step,
+        loss=seen.loss,
+        **seen.figures,
+        seconds=round(seen.seconds, 4),
+        is_best=is_best,
+        samples=panel_path(run_dir, progress.step).name if panel is not None else None,
+    )
+    return is_best and progress.step > 0
+
+
+def checkpoint(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> Path:
+    """Save everything; then drop checkpoints that are neither among the newest nor the best."""
+    started = time.monotonic()
+    path = save(run_dir.checkpoints, materials.stepper, progress)
+    best = checkpoint_path(run_dir, progress.best_step)
+    prune(
+        run_dir.checkpoints,
+        keep=materials.run.training.keep_checkpoints,
+        protect=[best] if best is not None and materials.run.training.keep_best else [],
+        verified=path,
+    )
+    recorder.event(
+        progress.step,
+        "saved",
+        path.name,
+        seconds=round(time.monotonic() - started, 3),
+        bytes=sum(file.stat().st_size for file in path.iterdir()),
+    )
+    return path
+
+
+def count_skipped(progress: Progress, record: StepRecord) -> None:
+    """Steps that the loss scale of fp16 had to leave out, in a row and in all."""
+    progress.skipped_steps = progress.skipped_steps + 1 if record.was_skipped else 0
+    progress.all_skipped_steps += record.was_skipped
+
+
+def disk(materials: Materials, run_dir: RunDir) -> dict[str, int]:
+    """Bytes: what is free where the run writes, what the next checkpoint takes, what the finished model takes."""
+    model = materials.model
+    written = model.trainable() if model.hf is not model.inner else dict(model.hf.named_parameters())
+    tensors = [*model.trainable().values(), *materials.stepper.optimizer.tensors().values()]
+    return {
+        "free_bytes": free_bytes(run_dir.path),
+        "checkpoint_bytes": sum(tensor.nbytes for tensor in tensors),
+        "model_bytes": sum(tensor.nbytes for tensor in written.values()),
+    }
+
+
+def newest_step(run_dir: RunDir) -> int | None:
+    steps = list_steps(run_dir.checkpoints)
+    return steps[-1][0] if steps else None
+
+
+def stopped(
+    problem: NonFiniteStep, materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder
+) -> NonFiniteStep:
+    """The same stop, with the step, the ids of its rows and where to resume; it goes into the metrics too."""
+    ids = [materials.rows.train.row_ids[number] for number in problem.row_numbers]
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    # A step that was applied is counted already; one that was refused is the next.
+    step = progress.step if problem.was_applied else progress.step + 1
+    recorder.event(step, "stopped", f"{problem.what}; rows: {', '.join(ids)}")
+    result = NonFiniteStep(f"step {step}: {problem.what}; its rows: {shown}", problem.row_numbers)
+    result.where = str(run_dir.path)
+    return result
+
+
+def interrupted(signal_name: str, run_dir: RunDir, progress: Progress) -> UserError:
+    return RunInterrupted(
+        f"{signal_name} after step {progress.step}; everything is saved",
+        expected=f"{run_dir.checkpoint(progress.step)} holds the state",
+        fix=f"continue with: zhibei resume {run_dir.path}",
+        where=str(run_dir.path),
+    )
