@@ -30,7 +30,7 @@ CASES = [
     ("model.attention", ["model.attention=varlen", "device=cpu"], ["model.attention=varlen", "device=cuda"]),
     ("data.validation", ["data.validation=1"], ["data.validation=0.5"]),
     ("name", ["name=a/b"], ["name=a-b"]),
-    ("data.packing", ["data.packing=false", "stage=dpo"], ["data.packing=false"]),
+    ("data.supervise", ["data.supervise=turns", "stage=dpo"], ["data.supervise=turns"]),
     (
         "dpo.reference",
         ["stage=dpo", "dpo.reference=adapters_off"],
@@ -53,6 +53,22 @@ CASES = [
         ["stage=grpo", "grpo.answers_per_prompt=1"],
         ["stage=grpo", "grpo.answers_per_prompt=1", "grpo.method=reinforce++"],
     ),
+    ("data.packing", ["data.packing=false", "stage=ppo"], ["data.packing=false", "stage=dpo"]),
+    (
+        "lora.dropout",
+        ["model.method=lora", "lora.dropout=0.1", "stage=dpo"],
+        ["model.method=lora", "lora.dropout=0", "stage=reward"],
+    ),
+    ("dpo.reference", ["stage=dpo", "dpo.loss=simpo", "dpo.reference=precomputed"], ["stage=dpo", "dpo.loss=simpo"]),
+    ("dpo.beta", ["stage=dpo", "dpo.loss=orpo", "dpo.beta=1"], ["stage=dpo", "dpo.loss=ipo", "dpo.beta=1"]),
+    (
+        "dpo.label_smoothing",
+        ["stage=dpo", "dpo.loss=ipo", "dpo.label_smoothing=0.1"],
+        ["stage=dpo", "dpo.label_smoothing=0.1"],
+    ),
+    ("dpo.gamma", ["stage=dpo", "dpo.gamma=2"], ["stage=dpo", "dpo.loss=simpo", "dpo.gamma=2"]),
+    ("dpo.odds_weight", ["stage=dpo", "dpo.odds_weight=1"], ["stage=dpo", "dpo.loss=orpo", "dpo.odds_weight=1"]),
+    ("dpo.bad_weight", ["stage=dpo", "dpo.bad_weight=2"], ["stage=dpo", "dpo.loss=kto", "dpo.bad_weight=2"]),
 ]
 
 # The same for the section of any stage, here written as sft; in the order of `training_rules`.

@@ -141,6 +141,7 @@ def test_planned_values_go_to_the_section_of_the_stage(stage: str, method: str, 
     own = {key for key in planned if key.partition(".")[0] in STAGES}
     shared = {"ppo.models"} if (stage, method) == ("ppo", "full") else set()
     shared |= {"ppo.critic_learning_rate"} if stage == "ppo" else set()
+    shared |= {"dpo.beta"} if stage == "dpo" else set()
     assert own == {f"{stage}.learning_rate", f"{stage}.evaluate_every", f"{stage}.save_every"} | shared
     assert resolved.run.ppo.models == ("separate" if "ppo.models" in shared else "shared")
 

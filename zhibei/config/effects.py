@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
 """What a run can do; each has a section of its own name in the run file."""
 
+LEARN_FROM_ROWS = ("sft", "reward", "dpo")
+"""Stages whose rows are there before they begin, and are packed."""
+
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz")
 
 
@@ -101,6 +104,17 @@ def _has_no_heldout(_: TrainingSection, run: RunFile) -> bool:
     return not isinstance(run.data.validation, str) and run.data.validation == 0
 
 
+def _of_losses(losses: tuple[str, ...], fields: str, why: str, *, is_idle: bool = False) -> Rule:
+    """Fields of section dpo that only these losses read; `is_idle`: all but these."""
+    return _no_effect(
+        lambda run: run.stage == "dpo" and (run.dpo.loss in losses) == is_idle,
+        fields,
+        "dpo.loss",
+        why,
+        "remove it, or choose another dpo.loss",
+    )
+
+
 LORA_FIELDS = "lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save lora.adapter"
 
 GENERAL_RULES: list[Rule] = [
@@ -119,7 +133,7 @@ GENERAL_RULES: list[Rule] = [
         "remove it, or remove lora.adapter",
     ),
     _no_effect(
-        lambda run: run.stage == "sft" and run.data.packing and run.data.group_by_length,
+        lambda run: run.stage in LEARN_FROM_ROWS and run.data.packing and run.data.group_by_length,
         "data.group_by_length",
         "data.packing",
         "packed rows have no padding to save",
@@ -140,7 +154,7 @@ GENERAL_RULES: list[Rule] = [
         "set model.method: qlora, or remove model.quantize",
     ),
     _conflict(
-        lambda run: run.stage == "sft" and run.data.packing and run.model.attention in ("sdpa", "eager"),
+        lambda run: run.stage in LEARN_FROM_ROWS and run.data.packing and run.model.attention in ("sdpa", "eager"),
         "model.attention",
         "data.packing",
         "sdpa and eager cannot keep packed rows apart",
@@ -178,9 +192,9 @@ GENERAL_RULES: list[Rule] = [
     ),
     _no_effect(
         lambda run: run.stage != "sft",
-        "data.supervise data.packing data.group_by_length",
+        "data.supervise",
         "stage",
-        "only stage sft chooses which tokens are learned and packs its rows",
+        "only stage sft chooses which tokens are learned",
         "remove it, or set stage: sft",
     ),
     _conflict(
@@ -188,7 +202,7 @@ GENERAL_RULES: list[Rule] = [
         "dpo.reference",
         "model.method",
         "with model.method: full there are no adapters to switch off",
-        "set dpo.reference: copy, or model.method: lora",
+        "set dpo.reference: precomputed, or model.method: lora",
     ),
     _conflict(
         lambda run: (
@@ -232,6 +246,26 @@ GENERAL_RULES: list[Rule] = [
         "this method compares the answers of one prompt, and one answer has nothing to be compared with",
         "set grpo.answers_per_prompt to 2 or more, or grpo.method: reinforce++",
     ),
+    _no_effect(
+        lambda run: run.stage not in LEARN_FROM_ROWS,
+        "data.packing data.group_by_length",
+        "stage",
+        "the answers of this stage are generated, and how they share a pass is not the run file's",
+        "remove it",
+    ),
+    _no_effect(
+        lambda run: run.stage in ("reward", "dpo") and run.lora.dropout > 0,
+        "lora.dropout",
+        "stage",
+        "answers are compared without dropout, which would be noise between them",
+        "remove it",
+    ),
+    _of_losses(("simpo", "orpo"), "dpo.reference", "this loss needs no reference", is_idle=True),
+    _of_losses(("orpo",), "dpo.beta", "this loss has no beta", is_idle=True),
+    _of_losses(("dpo",), "dpo.label_smoothing", "only dpo.loss: dpo has it"),
+    _of_losses(("simpo",), "dpo.gamma", "only dpo.loss: simpo has it"),
+    _of_losses(("orpo",), "dpo.odds_weight", "only dpo.loss: orpo has it"),
+    _of_losses(("kto",), "dpo.good_weight dpo.bad_weight", "only dpo.loss: kto has them"),
 ]
 
 

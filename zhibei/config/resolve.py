@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zhibei.config.effects import STAGES, fields_without_effect
+from zhibei.config.preference import BETAS
 from zhibei.config.run import RunFile
 from zhibei.config.words import leaf_fields
 
@@ -70,6 +71,8 @@ def plan_values(run: RunFile) -> dict[str, Any]:
     if run.stage == "ppo" and run.ppo.critic_learning_rate is None:
         rate = run.ppo.learning_rate or planned["ppo.learning_rate"]
         planned["ppo.critic_learning_rate"] = min(CRITIC_FACTOR * rate, 0.5)
+    if run.stage == "dpo" and run.dpo.beta is None and run.dpo.loss in BETAS:
+        planned["dpo.beta"] = BETAS[run.dpo.loss]
     if run.training.max_steps is not None:
         planned |= plan_intervals(run, num_steps=run.training.max_steps)
     return planned

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from zhibei.config.effects import PartsDoNotFit, misfits_of
 from zhibei.config.policy import GrpoSection, PpoSection
+from zhibei.config.preference import DpoSection, RewardSection
 from zhibei.config.training import AnsweringSection, Fraction, Positive, Section, TrainingSection
 
 
@@ -129,18 +130,6 @@ class SftSection(AnsweringSection):
     """Share of the target spread over the vocabulary."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of (log Z)^2, which keeps logits from drifting; 1e-4 is common, 0 off."""
-
-
-class RewardSection(TrainingSection):
-    """A reward model: one score per answer, learned from pairs of answers (stage: reward)."""
-
-
-class DpoSection(AnsweringSection):
-    """Learning from pairs of answers without a reward model (stage: dpo)."""
-
-    reference: Literal["auto", "adapters_off", "copy"] = "auto"
-    """Where the reference log-probabilities come from: the same weights with adapters off, or a frozen copy of the
-    model. auto: adapters off where fresh adapters are all that learns, else a copy."""
 
 
 class LogSection(Section):

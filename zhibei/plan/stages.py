@@ -29,9 +29,8 @@ def _reward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
 
 
 def _dpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
-    """A frozen copy, unless the reference is the same base with its adapters off."""
-    has_own = job.reference == "copy" or (job.reference == "auto" and not job.trains_adapters)
-    return {"reference model": held.weights} if has_own else {}
+    """No second model: the reference is the base with adapters off, or was computed before the first step."""
+    return {}
 
 
 def _ppo(shape: ModelShape, job: Job, held: Holdings) -> Causes:

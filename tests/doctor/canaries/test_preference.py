@@ -51,7 +51,7 @@ CANARIES: Canaries = {
         [
             pairs(*LORA, "dpo.reference=adapters_off"),
             pairs(*LORA, "lora.modules_to_save=[embed_tokens]"),  # auto keeps a copy then
-            pairs(*LORA, "dpo.reference=copy", "lora.modules_to_save=[embed_tokens]"),
+            pairs(*LORA, "dpo.reference=precomputed", "lora.modules_to_save=[embed_tokens]"),
             healthy(*LORA, "lora.modules_to_save=[embed_tokens]"),
             healthy(*PPO, rows=None),
         ],
@@ -63,7 +63,7 @@ CANARIES: Canaries = {
         ],
         [
             pairs(*LORA, "lora.adapter=/models/adapter"),
-            pairs(*LORA, "lora.adapter=/models/adapter", "dpo.reference=copy"),
+            pairs(*LORA, "lora.adapter=/models/adapter", "dpo.reference=precomputed"),
             healthy(*LORA, "lora.adapter=/models/adapter"),
             healthy(*PPO, rows=None),
             pairs(*LORA, "lora.adapter=/models/adapter", stage="reward"),

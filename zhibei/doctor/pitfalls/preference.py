@@ -188,13 +188,13 @@ def dpo_trainable_nonlora_moves_reference(facts: Facts) -> Iterable[Finding]:
     Why: Switching adapters off does not put back embeddings or heads that were trained beside them. The reference
     drifts with the policy, and the distance to it is measured wrongly.
 
-    Fix: Set dpo.reference: copy, or train the adapters only (no lora.modules_to_save).
+    Fix: Set dpo.reference: precomputed, or train the adapters only (no lora.modules_to_save).
 
     参考模型是“关掉适配器的基座”，但适配器之外还有参数在学习。
 
     为何：关闭适配器并不会还原与它一起训练的词嵌入或输出层。参考会随策略漂移，与它的距离也就量错了。
 
-    办法：设 dpo.reference: copy，或只训练适配器（不用 lora.modules_to_save）。
+    办法：设 dpo.reference: precomputed，或只训练适配器（不用 lora.modules_to_save）。
     """
     if facts.resolved is None:
         return
@@ -213,7 +213,7 @@ def dpo_trainable_nonlora_moves_reference(facts: Facts) -> Iterable[Finding]:
         where = str(facts.adapter.path / "adapter_config.json")
     if saved:
         key = "dpo.reference" if run.stage == "dpo" else "ppo.models"
-        value = "copy" if run.stage == "dpo" else "separate"
+        value = "precomputed" if run.stage == "dpo" else "separate"
         yield Finding(
             what=f"{', '.join(saved)} learns beside the adapters, and the reference is the base with adapters off",
             where=where,
@@ -230,14 +230,14 @@ def reference_is_not_the_start(facts: Facts) -> Iterable[Finding]:
     lora.adapter, "adapters off" is the raw base: at the first step the policy is already far away, and the penalty
     pulls it back to a model that cannot follow instructions.
 
-    Fix: Merge the adapter into the base first and start from that, or keep a copy of the start as the reference.
+    Fix: Merge the adapter into the base first and start from that, or have the reference computed at the start.
 
     训练从一个适配器继续，而参考却是没有它的基座。
 
     为何：参考应是起点模型，通常是 SFT 模型。若 SFT 的适配器写在 lora.adapter，“关掉适配器”得到的是原始基座：
     第一步策略就已离它很远，惩罚会把策略拉回一个不会听指令的模型。
 
-    办法：先把适配器合并进基座再从那里开始，或以起点的副本作参考。
+    办法：先把适配器合并进基座再从那里开始，或在开始时算好参考值。
     """
     if facts.resolved is None:
         return
@@ -252,8 +252,8 @@ def reference_is_not_the_start(facts: Facts) -> Iterable[Finding]:
             "is the base without it",
             where=facts.origin("lora.adapter"),
             to_do="merge the adapter into its base and start from that (model.path), without lora.adapter"
-            + ("; or set dpo.reference: copy" if run.stage == "dpo" else ""),
-            changes={"dpo.reference": "copy"} if run.stage == "dpo" else {},
+            + ("; or set dpo.reference: precomputed" if run.stage == "dpo" else ""),
+            changes={"dpo.reference": "precomputed"} if run.stage == "dpo" else {},
         )
 
 
