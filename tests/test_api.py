@@ -38,7 +38,16 @@ def test_from_a_run_file_to_a_model_that_speaks(run_file: Path) -> None:
     assert run_dir.path == run_file.parent / "runs" / "first"
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2]
     assert zhibei.verify(run_dir.path) == []
-    assert zhibei.read_run(run_dir.path).run == resolved.run
+    again = zhibei.read_run(run_dir.path).run
+    # What the run file left to the plan is written down as what it became, so that a resumed run does the same.
+    settled = {"micro_batch_tokens": again.training.micro_batch_tokens}
+    assert isinstance(settled["micro_batch_tokens"], int)
+    assert again.model.activation_checkpointing == "none"
+    assert again.sft == resolved.run.sft.model_copy(update=settled)
+    assert again.model == resolved.run.model.model_copy(update={"activation_checkpointing": "none"})
+    assert again.model_copy(update={"sft": None, "model": None}) == resolved.run.model_copy(
+        update={"sft": None, "model": None}
+    )
     assert zhibei.load(run_dir.path, device="cpu").template.name == "alpaca_short"
     assert zhibei.write_report(run_dir.path).is_file()
     with pytest.raises(UserError):
@@ -54,3 +63,43 @@ def test_the_folder_of_loops_stays_callable_after_its_files_were_imported() -> N
 
     assert callable(zhibei.train)
     assert zhibei.train.offline is not None
+    assert callable(zhibei.plan)
+
+
+def test_a_sound_run_has_no_findings_and_a_plan(run_file: Path) -> None:
+    resolved = zhibei.read_run(run_file)
+    found = zhibei.check(resolved)
+    assert not found.findings
+    assert found.num_checks > 50
+    ahead = zhibei.plan(resolved, "t4")
+    assert ahead.fits
+    assert ahead.machine.name == "t4"
+    assert ahead.as_dict()["predicted_gib"] == pytest.approx(ahead.search.chosen.memory.peak_gib, abs=1e-3)
+
+
+def test_a_run_with_a_fault_is_found_planned_for_another_machine_and_never_started(run_file: Path) -> None:
+    too_hot = zhibei.read_run(run_file, ["sft.learning_rate=0.5"])
+    assert zhibei.check(too_hot).blocks
+    with pytest.raises(UserError, match="learning_rate"):
+        zhibei.train(too_hot)
+    assert not (run_file.parent / "runs").exists()
+    on_old_card = zhibei.read_run(run_file, ["model.precision=bf16", "device=auto"])
+    assert "bf16-on-pre-ampere" in {one.id for one in zhibei.check(on_old_card, "v100-32g").findings}
+
+
+def test_warnings_of_the_check_are_heard_and_kept(run_file: Path) -> None:
+    doubtful = zhibei.read_run(run_file, ["data.template=chatml"])  # its control tokens are strange to the model
+    found = zhibei.check(doubtful)
+    assert found.findings
+    assert not found.blocks
+    with pytest.warns(UserWarning, match=found.findings[0].id):
+        run_dir = zhibei.train(doubtful)
+    assert json.loads(run_dir.check.read_text())["findings"][0]["id"] == found.findings[0].id
+
+
+def test_a_log_is_explained(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text("step 3\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    explanation = zhibei.explain(log)
+    assert explanation.verdict == "known"
+    assert explanation.cause is not None

@@ -16,30 +16,51 @@ imports what it needs when it is called. They raise `zhibei.config.errors.UserEr
     import zhibei
 
     run = zhibei.read_run("alpaca-lora-7b", ["model.path=llama-7b", "data.sources=[alpaca.json]"])
-    run_dir = zhibei.train(run)
+    print(zhibei.plan(run).fits, zhibei.check(run).findings)
+    run_dir = zhibei.train(run)  # checked first, and under its watchdogs
     speaker = zhibei.load(run_dir.path)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zhibei import train as train  # the folder answers to calls: see zhibei/train/__init__.py
+from zhibei import plan as plan  # these two folders answer to calls: see the end of this file
+from zhibei import train as train
 
 if TYPE_CHECKING:
     from zhibei.config.resolve import ResolvedRun
     from zhibei.data.prepared import PreparedSet
     from zhibei.data.readers import BrokenRecord
     from zhibei.data.records import Record
+    from zhibei.doctor.checkup import Checkup
+    from zhibei.doctor.outlook import Outlook
+    from zhibei.doctor.verdict import Explanation
     from zhibei.serve.chat import Speaker
     from zhibei.store.run_dir import RunDir
     from zhibei.store.verify import Problem
 
 __version__ = "0.1.0"
 
-__all__ = ["load", "prepare", "read_file", "read_run", "resume", "train", "verify", "write_report"]
+__all__ = [
+    "check",
+    "explain",
+    "load",
+    "plan",
+    "prepare",
+    "read_file",
+    "read_run",
+    "resume",
+    "train",
+    "verify",
+    "write_report",
+]
+
+Watch = Callable[[dict[str, Any]], Any]
 
 
 def read_run(path_or_recipe: str | Path, overrides: Sequence[str] = ()) -> ResolvedRun:
@@ -66,14 +87,30 @@ def prepare(resolved: ResolvedRun) -> PreparedSet:
     return prepare(resolved.run, tokenizer, find_template(resolved.run.data.template, tokenizer))
 
 
-def resume(run_dir: str | Path, *, watch: Callable[[dict[str, Any]], None] | None = None) -> RunDir:
+def check(resolved: ResolvedRun, machine: str | None = None) -> Checkup:
+    """Everything that is known to be wrong with a run, on this machine or another such as `t4` (`zhibei check`)."""
+    from zhibei.doctor.checkup import check
+    from zhibei.doctor.facts.gather import gather_facts
+    from zhibei.doctor.facts.machine import machine_for
+
+    return check(gather_facts(resolved, machine=machine_for(machine) if machine else None))
+
+
+def explain(path: str | Path) -> Explanation:
+    """The pitfall behind a log or a saved traceback, of any program (`zhibei explain`)."""
+    from zhibei.doctor.explain import explain_file
+    from zhibei.doctor.pitfalls import load_catalogue
+
+    return explain_file(Path(path), load_catalogue())
+
+
+def resume(run_dir: str | Path, *, watch: Watch | None = None) -> RunDir:
     """Go on with a run that was stopped, from its newest sound checkpoint (`zhibei resume`)."""
+    from zhibei.doctor.guard import train_guarded
     from zhibei.store.run_dir import RunDir
-    from zhibei.train.record import ignore
-    from zhibei.train.offline import train
 
     directory = RunDir(Path(run_dir))
-    return train(read_run(directory.resolved), watch=watch or ignore, resume=directory)
+    return train_guarded(read_run(directory.resolved), watch=watch or _warn, resume=directory)
 
 
 def verify(folder: str | Path) -> list[Problem]:
@@ -96,3 +133,42 @@ def write_report(run_dir: str | Path) -> Path:
     from zhibei.store.run_dir import RunDir
 
     return write_report(RunDir(Path(run_dir)))
+
+
+def _warn(record: dict[str, Any]) -> None:
+    """Who passes no `watch` of their own still hears what the check and the watchdogs warn of."""
+    if record.get("kind") == "event" and record.get("event") == "warning":
+        warnings.warn(str(record["text"]), stacklevel=2)
+
+
+def _train(run: ResolvedRun | str | Path, overrides: Sequence[str] = (), *, watch: Watch | None = None) -> RunDir:
+    """Train as a run file, a recipe or a resolved run says, checked first and under its watchdogs (`zhibei train`).
+
+    `watch` gets every record; without it, warnings are Python warnings.
+    """
+    from zhibei.config.resolve import ResolvedRun
+    from zhibei.doctor.guard import train_guarded
+
+    resolved = run if isinstance(run, ResolvedRun) else read_run(run, overrides)
+    return train_guarded(resolved, watch=watch or _warn)
+
+
+def _plan(resolved: ResolvedRun, machine: str | None = None, *, sharding: str = "", offload: str = "") -> Outlook:
+    """What a run will need, on this machine or another such as `v100-32g:4` (`zhibei plan`)."""
+    from zhibei.doctor.facts.machine import machine_for
+    from zhibei.doctor.outlook import look_ahead
+
+    return look_ahead(resolved.run, machine_for(machine), sharding=sharding, offload=offload)
+
+
+class _CallableFolder(ModuleType):
+    """Python puts a subpackage into its parent under its own name, so that folder itself has to answer to the call."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return _ANSWERS[self.__name__](*arguments, **named)
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {"zhibei.train": _train, "zhibei.plan": _plan}
+for _folder in (train, plan):
+    _folder.__class__ = _CallableFolder
+    _folder.__doc__ = _ANSWERS[_folder.__name__].__doc__

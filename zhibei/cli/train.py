@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zhibei.cli import console
 from zhibei.cli.check import examine, lines_of
@@ -14,7 +13,6 @@ from zhibei.cli.rehearse import is_wanted, rehearse_before
 from zhibei.config.errors import USER_MUST_ACT, UserError
 from zhibei.config.read import read_run
 from zhibei.config.resolve import ResolvedRun
-from zhibei.store.files import write_json_atomic
 from zhibei.store.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -88,6 +86,7 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     if found.blocks:
         return _refused(found, quiet=quiet, as_json=as_json)
     # Torch is loaded only now: a run that is refused is refused within a second or two.
+    from zhibei.doctor.guard import keep_beside
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.beginning import run_dir_of
     from zhibei.train.offline import train
@@ -98,9 +97,10 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     run_dir = resumed or run_dir_of(resolved.run)
     before = _stamp(run_dir)
     with ProgressLine(choose_mode(quiet=quiet, as_json=as_json)) as line:
-        noting = _noting({"check": found.as_dict(), "rehearsal": rehearsed}, resumed or run_dir_of(resolved.run), line)
+        documents = {"check": found.as_dict(), "rehearsal": rehearsed}
+        keeping = keep_beside(documents, run_dir, line)
         try:
-            run_dir = train(resolved, watch=watch_over(resolved.run, also=noting, resumed=resumed), resume=resumed)
+            run_dir = train(resolved, watch=watch_over(resolved.run, also=keeping, resumed=resumed), resume=resumed)
         except BaseException:
             # The page of a run that stopped is worth having; what stopped it is what must be told. A run that was
             # refused before it went on keeps the page it has.
@@ -150,23 +150,6 @@ def _refused(found: Checkup, *, quiet: bool, as_json: bool) -> int:
 def _is_one_refusal(found: Checkup) -> bool:
     """A single refusal is shown as the error it is, as every command shows errors."""
     return len(found.findings) == 1 and found.findings[0].fault is not None
-
-
-def _noting(
-    documents: dict[str, dict[str, Any] | None], run_dir: RunDir, watch: Callable[[dict[str, Any]], Any]
-) -> Callable[[dict[str, Any]], Any]:
-    """Passes records on; the first one comes when training has made its directory, which then gets check.json and
-    rehearsal.json."""
-    places = {"check": run_dir.check, "rehearsal": run_dir.rehearsal}
-    pending = {name: document for name, document in documents.items() if document is not None}
-
-    def note(record: dict[str, Any]) -> Any:
-        while pending:
-            name, document = pending.popitem()
-            write_json_atomic(places[name], document)
-        return watch(record)
-
-    return note
 
 
 def _stamp(run_dir: RunDir) -> tuple[int, int]:

@@ -38,12 +38,12 @@ def write_run_file(path: Path, settings: Settings, *, about: str) -> Path:
 def train_stage(run_file: Path, *, watch: Watch, on_rows: Callable[[int, str], None] | None = None) -> RunDir:
     """Train what the run file says; a stage that is done is left alone, one that was interrupted is resumed.
 
-    Raises what training raises.
+    It is checked first, as `zhibei train` does: `watch` gets the warnings. Raises UserError when findings stop the run,
+    and what training raises.
     """
-    from zhibei.doctor.watchdogs import watch_over
+    from zhibei.doctor.guard import train_guarded
     from zhibei.report.page import write_report
     from zhibei.train.beginning import run_dir_of
-    from zhibei.train.offline import train
 
     resolved = read_run(run_file)
     run_dir = run_dir_of(resolved.run)
@@ -51,9 +51,7 @@ def train_stage(run_file: Path, *, watch: Watch, on_rows: Callable[[int, str], N
         return run_dir
     resume = run_dir if run_dir.manifest.is_file() else None
     try:
-        return train(
-            resolved, watch=watch_over(resolved.run, also=watch, resumed=resume), resume=resume, on_rows=on_rows
-        )
+        return train_guarded(resolved, watch=watch, resume=resume, on_rows=on_rows)
     finally:
         if run_dir.metrics.is_file():
             write_report(run_dir)

@@ -1,0 +1,71 @@
+"""Training as it should be started: checked before it begins, watched while it runs, and both kept beside the run.
+
+Knows what surrounds a loop; no loop, and no screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zhibei.config.resolve import ResolvedRun
+from zhibei.doctor.checkup import Checkup, check
+from zhibei.doctor.facts.gather import gather_facts
+from zhibei.doctor.watchdogs import watch_over
+from zhibei.store.files import write_json_atomic
+from zhibei.store.run_dir import RunDir
+from zhibei.train.beginning import run_dir_of
+from zhibei.train.record import Watch, ignore
+
+
+def train_guarded(
+    resolved: ResolvedRun,
+    *,
+    watch: Watch = ignore,
+    resume: RunDir | None = None,
+    on_rows: Callable[[int, str], None] | None = None,
+) -> RunDir:
+    """Check the run, then train it under its watchdogs.
+
+    `watch` gets every record; the warnings of the check come first, as events. Raises UserError, naming all of them,
+    when findings stop the run (no weights are loaded then, and nothing is written), and what training raises.
+    """
+    found = check(gather_facts(resolved, on_rows=on_rows, resume=resume))
+    if found.blocks:
+        raise found.as_error()
+    for record in warnings_of(found):
+        watch(record)
+    # Torch is loaded only now: a run that is refused is refused within a second or two.
+    from zhibei.train.offline import train
+
+    keeping = keep_beside({"check": found.as_dict()}, resume or run_dir_of(resolved.run), watch)
+    return train(resolved, watch=watch_over(resolved.run, also=keeping, resumed=resume), resume=resume, on_rows=on_rows)
+
+
+def warnings_of(found: Checkup) -> list[dict[str, Any]]:
+    """What does not stop the run, in the form of the records that a loop gives to its watcher."""
+    return [
+        {
+            "kind": "event",
+            "step": 0,
+            "event": one.finding.level,
+            "text": f"{one.id or 'check'}: {one.finding.what}; {one.finding.to_do}",
+        }
+        for one in found.findings
+        if not one.blocks
+    ]
+
+
+def keep_beside(documents: Mapping[str, dict[str, Any] | None], run_dir: RunDir, watch: Watch) -> Watch:
+    """Passes records on; the first one comes when training has made its directory, which then gets check.json and
+    rehearsal.json (`documents` by these names)."""
+    places = {"check": run_dir.check, "rehearsal": run_dir.rehearsal}
+    pending = {name: document for name, document in documents.items() if document is not None}
+
+    def keep(record: dict[str, Any]) -> Any:
+        while pending:
+            name, document = pending.popitem()
+            write_json_atomic(places[name], document)
+        return watch(record)
+
+    return keep
