@@ -302,12 +302,11 @@ def gguf_vocab_model_32000_tok_32001(facts: Facts) -> Iterable[Finding]:
         return  # nothing is added, or the run itself would meet these ids, which token-id-beyond-embedding says
     named = ", ".join(f"{name} = {number}" for name, number in sorted(beyond.items(), key=lambda one: one[1])[:4])
     yield Finding(
-        what=f"the tokenizer adds {named}, and the embedding has {model.embedding_rows:,} rows (0 to "
-        f"{model.embedding_rows - 1:,})",
+        what=f"the tokenizer adds {named}{' ...' if len(beyond) > 4 else ''} up to {max(beyond.values())}, and the "
+        f"embedding has {model.embedding_rows:,} rows (0 to {model.embedding_rows - 1:,}); training refuses the pair",
         where=f"{tokenizer.source}, added tokens",
         to_do="remove the added tokens from added_tokens.json, tokenizer_config.json and tokenizer.json (nothing can "
         "have learned them), or name the tokenizer that belongs to the weights (model.tokenizer)",
-        level="warning",
     )
 
 
