@@ -210,6 +210,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "prepare": ("prepare.json", prepare_table),
     "memory-grid": ("memory.json", lambda records: memory_table(records, "grid")),
     "memory-held-out": ("memory.json", lambda records: memory_table(records, "held-out")),
+    "memory-blind": ("memory.json", lambda records: memory_table(records, "blind")),
     "generate-cpu": ("generate_cpu.json", generate_table),
 }
 
