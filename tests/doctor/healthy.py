@@ -17,9 +17,11 @@ from zhibei.doctor.facts.environment import EnvironmentFacts
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.facts.model import ModelFacts
 from zhibei.doctor.facts.output import OutputFacts
+from zhibei.doctor.facts.planned import with_plan
 from zhibei.doctor.facts.rows import RowFacts
 from zhibei.doctor.facts.text import TemplateFacts, TokenizerFacts
 from zhibei.plan.machines import Gpu, Machine
+from zhibei.plan.shapes import read_shape
 
 A100 = Gpu("A100-40G", 39.4, (8, 0), bandwidth_gb_per_s=1555, half_tflops=312)
 V100_CARD = Gpu("V100-32G", 31.7, (7, 0), bandwidth_gb_per_s=900, half_tflops=125)
@@ -131,6 +133,12 @@ def healthy_audit() -> dict[str, Any]:
         "sources": [{"source": "/data/rows.json", "rows": 52000, "rows_heldout": 1040}],
         "duplicates": {"rows_said_before": 0, "across_train_and_heldout": 0}, "notices": [],
     }  # fmt: skip
+
+
+def planned(facts: Facts, config: dict[str, Any] = CONFIG) -> Facts:
+    """The same facts with the plan that `zhibei check` makes of a model with this config.json."""
+    assert facts.model is not None
+    return with_plan(replace(facts, model=replace(facts.model, config=config, shape=read_shape(config))), None)
 
 
 def broken(facts: Facts, place: str, value: Any) -> Facts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from zhibei.config.run import RunFile
 from zhibei.plan.holdings import Holdings
 from zhibei.plan.job import Job, Rows
 
@@ -15,43 +16,79 @@ SMALL_FILES = 20 * 2**20  # tokenizer, manifest, report page, samples
 
 
 @dataclass(frozen=True, slots=True)
+class Saves:
+    """How many checkpoints lie there: `most` while the newest is written, `last` at the end, beside the model."""
+
+    most: int
+    last: int
+
+
+def saves_of(run: RunFile, num_steps: int | None) -> Saves:
+    """The newest ones, the best one besides, and the one being written; no more than the run ever saves.
+
+    A new checkpoint is complete before the oldest goes. `num_steps`: None where the length of the run is not known.
+    """
+    section = run.training
+    has_best = section.keep_best and run.data.validation != 0
+    kept = section.keep_checkpoints + has_best
+    intervals = [section.save_every, *([section.evaluate_every] if has_best else [])]
+    if not num_steps or None in intervals:
+        return Saves(kept + 1, kept)
+    # At its interval (0: at the end only), and after each evaluation that may be the best.
+    saved = sum(-(-num_steps // every) if every else 1 for every in intervals)
+    return Saves(min(kept + 1, saved), min(kept, saved))
+
+
+@dataclass(frozen=True, slots=True)
 class DiskPlan:
     """Bytes by file. `peak_bytes`: while a checkpoint is written beside the kept ones, or the model at the end."""
 
     checkpoint_bytes: float
-    num_checkpoints: int
-    """At most so many lie there at once: the newest ones, the best one, and the one being written."""
+    saves: Saves
     model_bytes: float
     cache_bytes: float
     log_bytes: float
     files: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def checkpoints_bytes(self) -> float:
+        """All checkpoints, while the newest is written."""
+        return self.saves.most * self.checkpoint_bytes
+
+    @property
+    def finishing_bytes(self) -> float:
+        """The checkpoints that are left at the end, and the finished model."""
+        return self.saves.last * self.checkpoint_bytes + self.model_bytes
+
+    @property
+    def written_bytes(self) -> float:
+        """The most that checkpoints and model take at one time, in the run directory."""
+        return max(self.checkpoints_bytes, self.finishing_bytes)
+
+    @property
     def peak_bytes(self) -> float:
-        writing = self.num_checkpoints * self.checkpoint_bytes
-        finishing = (self.num_checkpoints - 1) * self.checkpoint_bytes + self.model_bytes
-        return max(writing, finishing) + self.cache_bytes + self.log_bytes
+        return self.written_bytes + self.cache_bytes + self.log_bytes
 
     @property
     def peak_gib(self) -> float:
         return self.peak_bytes / GIB
 
 
-def disk_of(
-    job: Job, held: Holdings, rows: Rows, *, num_steps: int, keep_checkpoints: int, keep_best: bool
-) -> DiskPlan:
-    """Checkpoints with weights that learn and optimiser states (train/resume.py), the finished model, logs, cache."""
+def disk_of(run: RunFile, job: Job, held: Holdings, rows: Rows, *, num_steps: int | None) -> DiskPlan:
+    """Checkpoints with weights that learn and optimiser states (train/resume.py), the finished model, logs, cache.
+
+    `num_steps`: None where the length of the run is not known.
+    """
     learned = held.adapters if job.trains_adapters else held.weights
     checkpoint = learned + held.masters + held.states
     tokens = (rows.num_rows or 0) * rows.mean_tokens
-    model = held.adapters if job.trains_adapters else held.weights
-    cache, logs = tokens * BYTES_PER_TOKEN, num_steps * BYTES_PER_STEP + SMALL_FILES
-    number = keep_checkpoints + keep_best + 1
+    cache, logs = tokens * BYTES_PER_TOKEN, (num_steps or 1) * BYTES_PER_STEP + SMALL_FILES
+    saves = saves_of(run, num_steps)
     files = {
         "one checkpoint": checkpoint,
-        "all checkpoints at most": number * checkpoint,
-        "finished model": model,
+        "all checkpoints at most": saves.most * checkpoint,
+        "finished model": learned,
         "prepared rows (cache)": cache,
         "logs and small files": logs,
     }
-    return DiskPlan(checkpoint, number, model, cache, logs, files)
+    return DiskPlan(checkpoint, saves, learned, cache, logs, files)

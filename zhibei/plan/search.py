@@ -112,7 +112,7 @@ def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes
     wishes = wishes or wishes_of(run)
     steps = total_steps(run, rows)
     tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
-    candidates = list(_candidates(Question(run, shape, machine, rows), wishes, steps or 1))
+    candidates = list(_candidates(Question(run, shape, machine, rows), wishes, steps))
     fitting = sorted((each for each in candidates if each.fits), key=_slowness)
     smallest = sorted(candidates, key=_overflow)
     ordered = fitting or smallest
@@ -157,7 +157,7 @@ def _kind(candidate: Candidate) -> tuple[str, str, str]:
     return candidate.job.checkpointing, candidate.job.sharding, candidate.job.offload
 
 
-def _candidates(question: Question, wishes: Wishes, steps: int) -> Iterator[Candidate]:
+def _candidates(question: Question, wishes: Wishes, steps: int | None) -> Iterator[Candidate]:
     machine, rows = question.machine, question.rows
     on_gpu, known = bool(machine.gpus), {}
     for sharding in _choices(wishes.sharding, SHARDINGS if machine.num_gpus > 1 else ("no_shard",)):
@@ -184,7 +184,7 @@ def budgets_of(run: RunFile, rows: Rows, wishes: Wishes, *, on_gpu: bool) -> lis
     return [*found, most] if most <= BUDGETS[-1] or not found else found
 
 
-def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | None], *, steps: int) -> Candidate:
+def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | None], *, steps: int | None) -> Candidate:
     """Memory, disk and speed of one way. `known` keeps the holdings, by whether a step has several passes."""
     run, shape, machine, rows = question.run, question.shape, question.machine, question.rows
     section = run.training
@@ -192,9 +192,7 @@ def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | No
     key = job.num_passes > 1
     held = known.setdefault(key, None) or holdings_of(shape, job)
     known[key] = held
-    disk = disk_of(
-        job, held, rows, num_steps=steps, keep_checkpoints=section.keep_checkpoints, keep_best=section.keep_best
-    )
+    disk = disk_of(run, job, held, rows, num_steps=steps)
     memory = plan_memory(shape, job, machine, held=held, disk=disk)
     speed = speed_of(shape, job, machine, tokens_per_step=section.global_batch * rows.mean_tokens)
     return Candidate(ways.micro_batch_tokens, memory, speed)

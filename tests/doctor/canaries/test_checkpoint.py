@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tests.doctor.canaries import Canaries
-from tests.doctor.healthy import CPU, LINEARS, V100, broken, healthy
+from tests.doctor.healthy import CPU, V100, broken, healthy, planned
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import CATALOGUE
 from zhibei.doctor.pitfalls import load_catalogue
-from zhibei.doctor.pitfalls.checkpoint import written_by
+from zhibei.plan.disk import DiskPlan, Saves
 
 load_catalogue()
 GIB = 2**30
-WIDTHS = {"q_proj": 4096, "k_proj": 4096, "v_proj": 4096, "o_proj": 4096, "gate_proj": 11008, "up_proj": 11008}
+STEPS = "sft.max_steps=1170"
 
 
-def seven_billion(facts: Facts) -> Facts:
-    """All tensors of LLaMA-7B, so that sizes are known."""
-    assert facts.model is not None
-    tensors = dict(facts.model.tensors)
-    for layer in range(32):
-        for name in LINEARS:
-            part = "self_attn" if name in LINEARS[:4] else "mlp"
-            shape = (4096, 11008) if name == "down_proj" else (WIDTHS[name], 4096)
-            tensors[f"model.layers.{layer}.{part}.{name}.weight"] = ("F16", shape)
-    return broken(facts, "model.tensors", tensors)
+def with_disk(gib: float, *overrides: str, **options: Any) -> Facts:
+    """LLaMA-7B as it is planned, on a disk with so much room."""
+    return broken(planned(healthy(STEPS, *overrides, **options)), "output.free_bytes", int(gib * GIB))
 
 
-def with_disk(gib: float, *overrides: str, **options) -> Facts:
-    return broken(seven_billion(healthy(*overrides, **options)), "output.free_bytes", int(gib * GIB))
+def disk_of(*overrides: str, **options: Any) -> DiskPlan:
+    plan = planned(healthy(*overrides, **options)).plan
+    assert plan is not None
+    assert plan.disk is not None
+    return plan.disk
 
 
 LORA = ("model.method=lora",)
@@ -47,7 +44,7 @@ CANARIES: Canaries = {
             with_disk(0.5, *LORA),
             broken(with_disk(5000), "output.quota_free_bytes", 50 * GIB),
             broken(with_disk(5000), "output.free_inodes", 12),
-            seven_billion(healthy(machine=DESCRIBED)),
+            planned(healthy(machine=DESCRIBED)),
             with_disk(200, machine=CPU),
             with_disk(240, "model.precision=fp16", machine=V100),
         ],
@@ -58,7 +55,7 @@ CANARIES: Canaries = {
             broken(with_disk(5000), "output.free_inodes", 0),
             broken(with_disk(1), "output.free_bytes", None),
             healthy("sft.keep_checkpoints=50"),
-            seven_billion(healthy(machine=replace(DESCRIBED, disk_free_gib=None))),
+            planned(healthy(machine=replace(DESCRIBED, disk_free_gib=None))),
             broken(with_disk(5000), "output.quota_free_bytes", 900 * GIB),
         ],
     ),
@@ -92,34 +89,36 @@ CANARIES: Canaries = {
         (["model.precision=fp32"], 12),
         (["model.precision=fp16"], 14),
         (["sft.optimizer=adamw_8bit", "model.precision=bf16"], 8.1),
-        (["sft.optimizer=adafactor", "model.precision=fp32"], 4.1),
+        (["sft.optimizer=adafactor", "model.precision=fp32"], 4.0),
     ],
 )
 def test_a_checkpoint_has_the_bytes_of_its_tensors(overrides: list[str], bytes_per_weight: float) -> None:
-    written = written_by(seven_billion(healthy(*overrides)))
-    assert written is not None
-    assert written.checkpoint == pytest.approx(6_738_149_376 * bytes_per_weight, rel=1e-6)
+    assert disk_of(*overrides).checkpoint_bytes == pytest.approx(6_738_415_616 * bytes_per_weight, rel=1e-2)
+
+
+def test_a_run_on_the_cpu_keeps_fp32_whatever_card_is_there() -> None:
+    assert disk_of("device=cpu").model_bytes == pytest.approx(4 * 6_738_415_616, rel=1e-3)
 
 
 def test_adapters_count_their_own_matrices_and_the_layers_beside_them() -> None:
-    facts = seven_billion(healthy("model.method=lora", "lora.rank=8", "lora.targets=[q_proj,v_proj]"))
-    written = written_by(facts)
-    assert written is not None
-    assert written.checkpoint == 32 * 2 * 8 * 2 * 4096 * 12
-    more = written_by(
-        seven_billion(healthy("model.method=lora", "lora.targets=[q_proj]", "lora.modules_to_save=[lm_head]"))
-    )
-    assert more is not None
-    assert more.checkpoint == (32 * 16 * 2 * 4096 + 32000 * 4096) * 12
+    adapters = disk_of("model.method=lora", "lora.rank=8", "lora.targets=[q_proj,v_proj]")
+    assert adapters.checkpoint_bytes == 32 * 2 * 8 * 2 * 4096 * 12
+    more = disk_of("model.method=lora", "lora.targets=[q_proj]", "lora.modules_to_save=[lm_head]")
+    assert more.checkpoint_bytes == (32 * 16 * 2 * 4096 + 32000 * 4096) * 12
 
 
-def test_one_checkpoint_more_than_is_kept_must_fit_and_the_best_besides() -> None:
-    written = written_by(seven_billion(healthy("sft.keep_checkpoints=3")))
-    assert written is not None
-    assert written.most_checkpoints == 5
-    written = written_by(seven_billion(healthy("sft.keep_checkpoints=3", "data.validation=0")))
-    assert written is not None
-    assert written.most_checkpoints == 4
+@pytest.mark.parametrize(
+    ("overrides", "most", "last"),
+    [
+        (["sft.keep_checkpoints=3"], 5, 4),
+        (["sft.keep_checkpoints=3", "data.validation=0"], 4, 3),
+        (["sft.save_every=0", "sft.keep_best=false"], 1, 1),
+        (["sft.save_every=1000", "sft.keep_best=false"], 2, 2),
+        (["sft.save_every=1000", "sft.evaluate_every=1170"], 3, 3),
+    ],
+)
+def test_as_many_checkpoints_must_fit_as_the_run_ever_has_at_once(overrides: list[str], most: int, last: int) -> None:
+    assert disk_of(STEPS, *overrides).saves == Saves(most, last)
 
 
 def test_only_what_the_run_writes_is_fatal() -> None:

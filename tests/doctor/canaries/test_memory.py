@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tests.doctor.canaries import Canaries
 from tests.doctor.healthy import CONFIG, healthy
+from tests.doctor.healthy import planned as with_its_plan
 from zhibei.doctor.facts.facts import Facts
-from zhibei.doctor.facts.planned import with_plan
 from zhibei.doctor.pitfalls.memory import gpu_memory_too_small, host_oom_exit_9_deepspeed
 from zhibei.plan.machines import parse_machine
-from zhibei.plan.shapes import read_shape
 
 SMALL = {**CONFIG, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
          "num_key_value_heads": 16, "intermediate_size": 5504}  # fmt: skip
@@ -20,9 +17,7 @@ SMALL = {**CONFIG, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_
 
 def planned(machine: str, *overrides: str, config: dict = CONFIG) -> Facts:
     """Facts of a run on a described machine, with the plan that `zhibei check` makes."""
-    facts = healthy(*overrides, machine=parse_machine(machine))
-    assert facts.model is not None
-    return with_plan(replace(facts, model=replace(facts.model, config=config, shape=read_shape(config))), None)
+    return with_its_plan(healthy(*overrides, machine=parse_machine(machine)), config)
 
 
 BROKEN = {

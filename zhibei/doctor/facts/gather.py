@@ -264,8 +264,11 @@ def _with_rows(facts: Facts, words: Words, rows: PreparedSet | None, gathering: 
 
 
 def _with_plan(facts: Facts, rows: PreparedSet | None, parts: Parts) -> Facts:
-    """Memory by cause and phase, as the run will be trained; not known where the model's sizes are not."""
-    if facts.faults or parts.faults:
+    """Memory and disk, as the run will be trained; not known where the model's sizes are not.
+
+    Where a fault hides the rows, nothing is planned: full rows would ask for more than the run will.
+    """
+    if facts.rows is None and facts.pairs is None and (facts.faults or parts.faults):
         return facts
     return parts.get("plan", lambda: with_plan(facts, rows)) or facts
 

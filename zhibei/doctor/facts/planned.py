@@ -78,12 +78,14 @@ def with_plan(facts: Facts, prepared: PreparedSet | None) -> Facts:
         return facts
     lengths = prepared.train.lengths.tolist() if prepared is not None else []
     rows = rows_of_lengths(lengths, global_batch=run.training.global_batch) if lengths else assumed_rows(run)
-    settled = settle(run, shape, facts.machine, rows)
+    # A run that is told to compute on the CPU uses no card that may be there.
+    machine = replace(facts.machine, gpus=()) if run.device == "cpu" else facts.machine
+    settled = settle(run, shape, machine, rows)
     facts = replace(facts, resolved=with_planned(facts.resolved, settled.values))
     if settled.search is None:
         return facts
     plan = settled.search.chosen.memory
-    remedies = () if plan.fits else tuple(what_would_fit(run, shape, facts.machine, rows))
+    remedies = () if plan.fits else tuple(what_would_fit(run, shape, machine, rows))
     return replace(facts, plan=plan, plan_remedies=remedies)
 
 

@@ -2,108 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
+from zhibei.plan.disk import DiskPlan
 
 GIB = 2.0**30
-# Bytes per learning parameter in a checkpoint besides the weights: fp32 master (or its lower half) and moments.
-STATE_BYTES: Mapping[tuple[str, str], float] = {
-    ("adamw", "bf16"): 10, ("adamw", "fp16"): 12, ("adamw", "fp32"): 8,
-    ("adamw_8bit", "bf16"): 6.1, ("adamw_8bit", "fp16"): 6.1, ("adamw_8bit", "fp32"): 2.1,
-    ("adafactor", "bf16"): 4.1, ("adafactor", "fp16"): 4.1, ("adafactor", "fp32"): 0.1,
-}  # fmt: skip
-WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FILES_PER_CHECKPOINT = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Bytes that a run writes. `most_checkpoints` lie there while the newest is written, `last_checkpoints` at the end,
-    when the finished model is."""
-
-    checkpoint: int
-    model: int
-    most_checkpoints: int
-    last_checkpoints: int
-
-    @property
-    def checkpoints(self) -> int:
-        return self.checkpoint * self.most_checkpoints
-
-    @property
-    def at_the_end(self) -> int:
-        return self.checkpoint * self.last_checkpoints + self.model
-
-    @property
-    def most(self) -> int:
-        return max(self.checkpoints, self.at_the_end)
-
-
-def written_by(facts: Facts) -> Written | None:
-    """What the run will write, from tensor shapes; None where these are not known."""
-    if facts.resolved is None or facts.model is None or not facts.model.tensors:
-        return None
-    run, tensors = facts.run, facts.model.tensors
-    sizes = {name: math.prod(shape) for name, (_, shape) in tensors.items()}
-    if run.model.method == "full":
-        learning = sum(sizes.values())
-    elif facts.adapter is not None and facts.adapter.tensors:
-        learning = sum(math.prod(shape) for _, shape in facts.adapter.tensors.values())
-    else:
-        learning = _adapter_parameters(facts)
-    precision = _precision(facts)
-    checkpoint = learning * (WEIGHT_BYTES[precision] + STATE_BYTES[run.training.optimizer, precision])
-    training = run.training
-    has_best = training.keep_best and run.data.validation != 0
-    # A new checkpoint is complete before the oldest goes; the best one is kept besides.
-    saves = _num_saves(facts, has_best=has_best)
-    kept = training.keep_checkpoints + has_best
-    return Written(int(checkpoint), int(learning * WEIGHT_BYTES[precision]), min(kept + 1, saves), min(kept, saves))
-
-
-def _num_saves(facts: Facts, *, has_best: bool) -> int:
-    """Saves of the whole run at most: at its interval, and after each evaluation that may be the best."""
-    steps = facts.rows.num_steps if facts.rows is not None else 0
-    training = facts.run.training
-    intervals = [training.save_every, *([training.evaluate_every] if has_best else [])]
-    if not steps or None in intervals:
-        return 10**6
-    return sum(-(-steps // every) if every else 1 for every in intervals)
-
-
-def _adapter_parameters(facts: Facts) -> int:
-    """Elements of fresh LoRA matrices: rank * (inputs + outputs) for each target, and whole layers beside them."""
-    run, model = facts.run, facts.model
-    assert model is not None
-    total = 0
-    for name, (_, shape) in model.tensors.items():
-        module = name.removesuffix(".weight")
-        if any(module == wanted or module.endswith("." + wanted) for wanted in run.lora.modules_to_save):
-            total += math.prod(shape)
-        elif module in model.linear_names and len(shape) == 2 and _is_target(module, run.lora.targets):
-            total += run.lora.rank * sum(shape)
-    return total
-
-
-def _is_target(module: str, targets: str | list[str]) -> bool:
-    if isinstance(targets, str):
-        return not module.endswith(("lm_head", "embed_out", "output_layer"))
-    return any(module == wanted or module.endswith("." + wanted) for wanted in targets)
-
-
-def _precision(facts: Facts) -> str:
-    """What `auto` comes to on this machine."""
-    asked = facts.run.model.precision
-    if asked != "auto":
-        return asked
-    gpu = facts.machine.smallest_gpu
-    if gpu is None or facts.run.device == "cpu":
-        return "fp32"
-    return "bf16" if gpu.has_bf16 else "fp16"
+def _planned(facts: Facts) -> DiskPlan | None:
+    """What the run will write; None where the model's sizes are not known."""
+    return facts.plan.disk if facts.plan is not None else None
 
 
 def _free(facts: Facts) -> tuple[int, str] | None:
@@ -161,16 +72,16 @@ def disk_full_at_checkpoint(facts: Facts) -> Iterable[Finding]:
 
     办法：把 runs: 放到更大的磁盘上，减小 sft.keep_checkpoints，减少保存次数，或改训适配器。
     """
-    written, free = written_by(facts), _free(facts)
-    if written is not None and free is not None and free[0] < written.checkpoints:
-        needed = f"{written.most_checkpoints} checkpoints of {size(written.checkpoint)} each"
+    disk, free = _planned(facts), _free(facts)
+    if disk is not None and free is not None and free[0] < disk.checkpoints_bytes:
+        needed = f"{disk.saves.most} checkpoints of {size(disk.checkpoint_bytes)} each"
         keep = f"{facts.run.stage}.keep_checkpoints"
         yield Finding(
-            what=f"{needed} need {size(written.checkpoints)}, and {size(free[0])} are free",
+            what=f"{needed} need {size(disk.checkpoints_bytes)}, and {size(free[0])} are free",
             where=free[1],
-            to_do=f"put runs: on a disk with {size(written.most)} or more free, or lower {keep}",
+            to_do=f"put runs: on a disk with {size(disk.written_bytes)} or more free, or lower {keep}",
             changes={keep: 1} if facts.run.training.keep_checkpoints > 1 else {},
-            level="stop" if free[0] < 2 * written.checkpoint else "warning",
+            level="stop" if free[0] < 2 * disk.checkpoint_bytes else "warning",
         )
     output = facts.output
     if output is not None and output.free_inodes is not None and not facts.machine.is_described:
@@ -202,14 +113,14 @@ def final_consolidation_no_disk(facts: Facts) -> Iterable[Finding]:
 
     办法：把 runs: 放到更大的磁盘上，或减小 sft.keep_checkpoints。
     """
-    written, free = written_by(facts), _free(facts)
-    if written is None or free is None or not written.checkpoints <= free[0] < written.at_the_end:
+    disk, free = _planned(facts), _free(facts)
+    if disk is None or free is None or not disk.checkpoints_bytes <= free[0] < disk.finishing_bytes:
         return
     yield Finding(
-        what=f"at the end {written.last_checkpoints} checkpoints of {size(written.checkpoint)} each and the "
-        f"model of {size(written.model)} need {size(written.at_the_end)}, and {size(free[0])} are free",
+        what=f"at the end {disk.saves.last} checkpoints of {size(disk.checkpoint_bytes)} each and the "
+        f"model of {size(disk.model_bytes)} need {size(disk.finishing_bytes)}, and {size(free[0])} are free",
         where=free[1],
-        to_do=f"put runs: on a disk with {size(written.at_the_end)} or more free, or save fewer checkpoints",
+        to_do=f"put runs: on a disk with {size(disk.finishing_bytes)} or more free, or save fewer checkpoints",
     )
 
 
