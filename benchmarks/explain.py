@@ -1,6 +1,6 @@
 """How many known errors `zhibei explain` names from the words in which people reported them, and how fast it reads.
 
-    python benchmarks/explain.py --symptoms pitfalls.jsonl
+    python -m benchmarks.explain --symptoms pitfalls.jsonl
 
 Each record of the file has an `id` and a `symptom`: the message or description of one pitfall. A symptom is `found`
 when its own pitfall is named as the cause, `family` when a general family of messages is named (out of memory, a
@@ -24,12 +24,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import RESULTS, Record, merge, version_of, with_surroundings
 from zhibei.doctor.explain import explain_stream
 from zhibei.doctor.pitfall import Pitfall
 from zhibei.doctor.pitfalls import load_catalogue
 from zhibei.doctor.verdict import GENERAL, GENERAL_AREA
 
-RESULT = Path(__file__).parent / "results" / "explain.json"
+RESULT = RESULTS / "explain.json"
 MESSAGE = re.compile(
     r"(?:Error|Exception|Warning|WARNING|ERROR|WARN)\b|exits? with|exitcode|return code|assert|Killed|OVERFLOW"
     r"|out of memory|grad_norm nan|mismatch|not found|failed|Unsloth:|CUDA SETUP|no longer allowed"
@@ -99,7 +100,12 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     arguments = parser.parse_args()
     catalogue = load_catalogue()
-    result: dict[str, Any] = {
+    result: Record = {
+        "benchmark": "explain",
+        "who": "zhibei",
+        "version": version_of("zhibei"),
+        "method": "explain",
+        "settings": {"symptoms": "given" if arguments.symptoms else "none"},
         "pitfalls": len(catalogue),
         "pitfalls_with_messages": sum(bool(one.errors) for one in catalogue.values()),
         "messages": sum(len(one.errors) for one in catalogue.values()),
@@ -108,7 +114,7 @@ def main() -> None:
     if arguments.symptoms:
         lines = arguments.symptoms.read_text("utf-8").splitlines()
         result |= rates([json.loads(line) for line in lines if line.strip()], catalogue)
-    arguments.result.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    merge(arguments.result, [with_surroundings(result, "python -m benchmarks.explain --symptoms FILE")])
     json.dump({key: value for key, value in result.items() if key != "not_found"}, sys.stdout, indent=2)
     print()
 

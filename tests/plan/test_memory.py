@@ -13,7 +13,7 @@ from tests.plan.test_shapes import CASES, on_meta
 from zhibei.plan.activations import Execution, layer_bytes
 from zhibei.plan.holdings import holdings_of
 from zhibei.plan.job import Job, Rows, adapted_names, passes_of, rows_of_lengths
-from zhibei.plan.memory import GIB, predict
+from zhibei.plan.memory import predict
 from zhibei.plan.shapes import read_shape
 
 TOKENS, ROW = 256, 64
@@ -29,12 +29,12 @@ def measured(grid: str) -> list:
     return [record for record in read(RESULTS / "memory.json") if record["settings"]["grid"] == grid]
 
 
-@pytest.mark.parametrize("grid", ["grid", "held-out"])
-def test_every_measured_configuration_is_predicted_within_three_percent(grid):
+@pytest.mark.parametrize(("grid", "fewest"), [("grid", 40), ("held-out", 14), ("blind", 18)])
+def test_every_measured_configuration_is_predicted_within_six_percent(grid, fewest):
     records = measured(grid)
-    assert len(records) >= {"grid": 28, "held-out": 10}[grid]
+    assert len(records) >= fewest
     errors = {json.dumps(record["settings"]): with_prediction(record)["error_percent"] for record in records}
-    assert {settings: error for settings, error in errors.items() if abs(error) > 3} == {}
+    assert {settings: error for settings, error in errors.items() if abs(error) > 6} == {}
 
 
 def test_loading_and_saving_are_predicted_too():
