@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -181,3 +182,18 @@ def test_one_wrong_list_is_one_finding() -> None:
     assert [len(findings(targets("W_pack", "c_attn"), name)) for name in names] == [0, 1, 0]
     assert [len(findings(targets("'.*q_proj'"), name)) for name in names] == [1, 0, 0]
     assert [len(findings(targets("q_proj", "x_proj"), name)) for name in names] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["lora-cannot-learn-new-eot-on-base", "added-tokens-not-trained-qlora"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_advised_is_not_refused_by_another_check(name: str, is_tied: bool) -> None:
+    make = {"lora-cannot-learn-new-eot-on-base": functools.partial(with_end, 0.0),
+            "added-tokens-not-trained-qlora": functools.partial(extended, 32_000)}[name]  # fmt: skip
+    (found,) = findings(broken(make(LORA), "model.is_tied", is_tied), name)
+    ((key, value),) = found.changes.items()
+    assert key == ("model.method" if is_tied else "lora.modules_to_save")
+    assert "modules_to_save: [" not in found.to_do or not is_tied
+    setting = f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}"
+    followed = broken(make(LORA, setting), "model.is_tied", is_tied)
+    assert findings(followed, name) == []
+    assert findings(followed, "tied-embedding-modules-to-save-diverge") == []

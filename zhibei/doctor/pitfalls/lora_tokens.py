@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
@@ -41,30 +42,50 @@ def lora_cannot_learn_new_eot_on_base(facts: Facts) -> Iterable[Finding]:
     attention and MLP leave embedding and head as they are, so the model cannot tell that token from the other
     reserved ones and never stops. Full training of the same data works, which hides the reason.
 
-    Fix: Train embeddings and head too (lora.modules_to_save: [embed_tokens, lm_head]), use the instruct model, or a
-    template that ends turns with the EOS token.
+    Fix: Train embeddings and head too (lora.modules_to_save: [embed_tokens, lm_head]; where both are one tensor,
+    model.method: full), use the instruct model, or a template that ends turns with the EOS token.
 
     模板用一个基座模型从未学过的词元结束一轮，而适配器教不会它。
 
     为何：基座模型为 <|im_end|>、<|eot_id|> 等预留了行，但从未训练过。注意力与 MLP 上的适配器不改动词嵌入和输出层，模
     型因此分不清它与其他预留词元，也就停不下来。同样的数据全量训练却没有问题，原因因此更难发现。
 
-    办法：同时训练词嵌入与输出层（lora.modules_to_save: [embed_tokens, lm_head]），改用指令模型，或使用以 EOS 结束每轮
-    的模板。
+    办法：同时训练词嵌入与输出层（lora.modules_to_save: [embed_tokens, lm_head]；两者共用一个张量时用
+    model.method: full），改用指令模型，或使用以 EOS 结束每轮的模板。
     """
     if trains_embeddings(facts):
         return
-    found = untrained_tokens(facts)
+    found, changes = untrained_tokens(facts), _trains_embeddings_too(facts)
     if found:
         shown = ", ".join(f"{text} (id {number}: {share:.0%})" for text, (number, share) in sorted(found.items())[:4])
         yield Finding(
             what=f"template {facts.template.name if facts.template else ''} uses tokens whose embedding was never "
             f"trained: {shown} of the median row's length; adapters do not change embeddings",
             where=facts.origin("data.template"),
-            to_do="set lora.modules_to_save: [embed_tokens, lm_head], use the instruct model, or a template whose "
-            "turns end with the EOS token (alpaca, vicuna_v1.1)",
-            changes={"lora.modules_to_save": _embedding_modules(facts)},
+            to_do=f"set {_as_words(changes)}, use the instruct model, or a template whose turns end with the EOS token "
+            f"(alpaca, vicuna_v1.1){_why_in_full(facts)}",
+            changes=changes,
         )
+
+
+def _trains_embeddings_too(facts: Facts) -> dict[str, Any]:
+    """The change with which embeddings learn. Where they and the head are one tensor, copies of it would learn apart
+    (tied-embedding-modules-to-save-diverge), so only full training is left."""
+    if facts.model is not None and facts.model.is_tied:
+        return {"model.method": "full"}
+    return {"lora.modules_to_save": _embedding_modules(facts)}
+
+
+def _as_words(changes: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}: [{', '.join(value)}]" if isinstance(value, list) else f"{key}: {value}"
+        for key, value in changes.items()
+    )
+
+
+def _why_in_full(facts: Facts) -> str:
+    is_tied = facts.model is not None and facts.model.is_tied
+    return "; embeddings and head of this model are one tensor, so lora.modules_to_save cannot train them" * is_tied
 
 
 def _embedding_modules(facts: Facts) -> list[str]:
@@ -87,14 +108,14 @@ def added_tokens_not_trained_qlora(facts: Facts) -> Iterable[Finding]:
     save them: the rows stay as they were made, the text in the new tokens is noise to the model, and the adapter folder
     does not hold them.
 
-    Fix: lora.modules_to_save: [embed_tokens, lm_head], or method full.
+    Fix: lora.modules_to_save: [embed_tokens, lm_head], or method full; only full where both are one tensor.
 
     词表加了新词元，而适配器不训练它们的词嵌入。
 
     为何：更大的分词器要求词嵌入与输出层有新的行。线性层上的适配器既不训练也不保存这些行：它们停留在初始值，含新词元的
     文本对模型只是噪声，适配器文件夹里也没有它们。
 
-    办法：设 lora.modules_to_save: [embed_tokens, lm_head]，或用 method full。
+    办法：设 lora.modules_to_save: [embed_tokens, lm_head]，或用 method full；两者共用一个张量时只能用 full。
     """
     tokenizer, model, rows = facts.tokenizer, facts.model, facts.rows
     if tokenizer is None or model is None or rows is None or trains_embeddings(facts):
@@ -102,12 +123,13 @@ def added_tokens_not_trained_qlora(facts: Facts) -> Iterable[Finding]:
     own = tokenizer.models_own_ids
     if facts.run.model.tokenizer is None or own is None or rows.highest_id < own:
         return
+    changes = _trains_embeddings_too(facts)
     yield Finding(
         what=f"model.tokenizer: {facts.run.model.tokenizer} has {tokenizer.num_ids - own:,} tokens more than the "
         f"model's own ({own:,}), the rows use them (up to id {rows.highest_id}), and adapters do not train embeddings",
         where=facts.origin("model.tokenizer"),
-        to_do="set lora.modules_to_save: [embed_tokens, lm_head], or model.method: full",
-        changes={"lora.modules_to_save": _embedding_modules(facts)},
+        to_do=f"set {_as_words(changes)}{_why_in_full(facts) or ', or model.method: full'}",
+        changes=changes,
     )
 
 
