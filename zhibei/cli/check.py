@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,8 +205,8 @@ def _finding_text(one: Found) -> Text:
     _part(text, "where", finding.where)
     if one.fault is not None:
         _part(text, "wanted", one.fault.expected)
-    elif one.title:
-        _part(text, "why", one.title)
+    if one.title:
+        _part(text, "why", f"{one.title} {_first_sentence(one.why)}".strip())
     _part(text, "to do", finding.to_do, style="green")
     if finding.changes:
         changes = ", ".join(f"{key}: {yaml_value(value)}" for key, value in finding.changes.items())
@@ -217,6 +218,11 @@ def _finding_text(one: Found) -> Text:
     if one.id:
         _part(text, "more", f"zhibei pitfalls {one.id}", style="dim")
     return text
+
+
+def _first_sentence(why: str) -> str:
+    """The beginning of a page's reasons; `more:` leads to the rest."""
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", why, maxsplit=1)[0]
 
 
 def _part(text: Text, label: str, words: str, *, style: str = "") -> None:
