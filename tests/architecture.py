@@ -34,7 +34,8 @@ THIRD_PARTY: dict[str, tuple[set[str], set[str]]] = {
     "plan": (set(), set()),
     "doctor": ({"numpy"}, {"torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "safetensors"}),
     "generate": ({"torch"}, {"transformers"}),
-    "train": ({"torch"}, {"bitsandbytes"}),
+    # Answers become rows, and rows are arrays of numpy.
+    "train": ({"torch", "numpy"}, {"bitsandbytes"}),
     "evaluate": ({"numpy", "torch"}, set()),
     "serve": ({"torch"}, set()),
     "report": (set(), set()),

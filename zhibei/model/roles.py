@@ -50,6 +50,12 @@ class Roles:
     """A frozen model of its own; None where the reference is the policy's base or an adapter beside it."""
     has_reference: bool = True
 
+    @property
+    def own_models(self) -> list[LanguageModel]:
+        """The models that learn, each once."""
+        has_own = self.critic is not None and self.critic.model is not self.policy
+        return [self.policy, self.critic.model] if has_own and self.critic else [self.policy]
+
     @contextmanager
     def as_critic(self) -> Iterator[Critic]:
         """The critic, ready to be run; afterwards the policy is active again."""

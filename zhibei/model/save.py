@@ -16,7 +16,13 @@ def write_weights(model: LanguageModel, folder: Path) -> None:
     """
     if model.hf is not model.inner:
         # The base's embeddings belong to the base; "auto" would look the base up on the hub.
-        model.hf.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        # Only the adapter that learns: a critic or a frozen reference may lie on the same base.
+        model.hf.save_pretrained(
+            str(folder),
+            safe_serialization=True,
+            save_embedding_layers=False,
+            selected_adapters=[model.hf.active_adapter],
+        )
         return
     before = model.inner.config._attn_implementation
     model.inner.config._attn_implementation = None

@@ -1,0 +1,296 @@
+"""What the loops of ppo and grpo share around their learning: opening, evaluating, alarms, saving. Knows no loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zhibei.config.errors import RunStopped
+from zhibei.config.resolve import ResolvedRun
+from zhibei.data.prepared import PreparedSet
+from zhibei.generate.options import SamplingOptions
+from zhibei.store.checkpoint import prune
+from zhibei.store.locks import hold_lock
+from zhibei.store.metrics import Metrics
+from zhibei.store.run_dir import RunDir
+from zhibei.train.alarms import asks_for_save, say, stopped_by, stopping
+from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
+from zhibei.train.cadence import Cadence, looks_after
+from zhibei.train.collect import Collected, answers_to, scored
+from zhibei.train.experience import on_grid
+from zhibei.train.finish import finish
+from zhibei.train.health import deviation, mean
+from zhibei.train.interrupts import StopRequest
+from zhibei.train.offline import disk, interrupted, newest_step, stopped
+from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
+from zhibei.train.policy_loss import log_probabilities
+from zhibei.train.policy_materials import PolicyMaterials, gather_policy
+from zhibei.train.policy_state import PolicyState, first_state, restore_rest, save
+from zhibei.train.record import Recorder, Watch, ignore
+from zhibei.train.resume import Progress
+from zhibei.train.samples import NUM_HELDOUT_PROMPTS, Panel, make_panel, panel_path, write_panel
+from zhibei.train.schedule import learning_rate
+from zhibei.train.step import NonFiniteStep
+
+Loop = Callable[["PolicyRun"], None]
+# Nats per token by which two forward passes over the same tokens may differ: rounding, not another distribution.
+SAME_LOGPS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
+
+
+@dataclass
+class PolicyRun:
+    """A run under way: what it works with, where it writes, and how far it is."""
+
+    parts: PolicyMaterials
+    run_dir: RunDir
+    progress: Progress
+    state: PolicyState
+    recorder: Recorder
+    panel: Panel | None
+
+    @property
+    def num_iterations(self) -> int:
+        return self.parts.cursor.num_iterations
+
+    def rate(self, peak: float | None) -> float:
+        """The learning rate of the iteration that comes next."""
+        return self.state.rate_factor * learning_rate(
+            self.progress.step, section=self.parts.section, peak=peak or 0.0, num_steps=self.num_iterations
+        )
+
+
+def train_policy(
+    resolved: ResolvedRun,
+    loop: Loop,
+    *,
+    watch: Watch = ignore,
+    resume: RunDir | None = None,
+    on_rows: Callable[[int, str], None] | None = None,
+    on_audit: Callable[[PreparedSet], None] | None = None,
+) -> RunDir:
+    """Learn from rewards with this loop; returns the run directory with the finished model.
+
+    `resume` continues a run from its newest sound checkpoint: the next answers and rewards are those it would have had.
+    Raises what `zhibei.train.offline.train` raises, and UserError when the reward fails.
+    """
+    run_dir = resume or run_dir_of(resolved.run)
+    if resume is None:
+        refuse_existing(run_dir)
+        require_writable(run_dir)
+    parts = gather_policy(resolved, on_rows=on_rows, on_audit=on_audit)
+    materials, run = parts.materials, parts.run
+    state, notes = first_state(parts), []
+    if resume is None:
+        progress = open_new(run_dir, materials, describe(materials))
+    else:
+        progress, notes = open_again(run_dir, materials)
+        if progress.step:
+            state = restore_rest(run_dir.checkpoint(progress.step), parts)
+    with (
+        hold_lock(run_dir.path / ".training.lock", patience_seconds=0),
+        Metrics(
+            run_dir.path,
+            tensorboard=run.log.tensorboard,
+            wandb=run.log.wandb,
+            run_name=run.name,
+            config=run.model_dump(mode="json"),
+            resume_at_step=progress.step or None,
+        ) as metrics,
+    ):
+        recorder = Recorder(metrics, watch, materials.device)
+        for note in [*notes, *materials.notes, *metrics.notes]:
+            recorder.event(progress.step, "note", note)
+        going = PolicyRun(parts, run_dir, progress, state, recorder, panel_of(parts))
+        begin(going)
+        loop(going)
+        finish(materials, run_dir, progress, recorder)
+    return run_dir
+
+
+def begin(going: PolicyRun) -> None:
+    """Say what starts, and what the model answers before anything is learned."""
+    parts, progress = going.parts, going.progress
+    learning, everything = parts.roles.policy.num_parameters()
+    critic = parts.roles.critic
+    more = f", {sum(p.numel() for p in critic.parameters.values()):,} more in the critic" if critic else ""
+    going.recorder.event(
+        progress.step,
+        "started" if progress.step == 0 else "resumed",
+        f"{learning:,} of {everything:,} parameters learn{more}, {parts.materials.precision} on "
+        f"{parts.materials.device}",
+        total_steps=going.num_iterations,
+        total_rows=parts.cursor.num_prompts,
+        peak_rate=parts.section.learning_rate,
+    )
+    parts.materials.stepper.remember_weights()
+    if progress.step == 0:
+        evaluate(going)
+
+
+def panel_of(parts: PolicyMaterials) -> Panel | None:
+    """The run file's prompts, or the first held-out ones, whole."""
+    materials, section = parts.materials, parts.section
+    if section.sample_prompts or section.sample_tokens == 0:
+        return make_panel(parts.run, materials.rows.heldout, materials.tokenizer, materials.template)
+    rows = materials.rows.heldout
+    count = min(NUM_HELDOUT_PROMPTS, len(rows))
+    prompts = [rows.tokens[rows.borders[n] : rows.borders[n + 1]].tolist() for n in range(count)]
+    if not prompts:
+        return None
+    options = SamplingOptions(
+        max_new_tokens=section.sample_tokens,
+        temperature=0.0,
+        stop_strings=materials.template.stop_strings,
+        overflow="fewer_tokens",
+    )
+    texts = [parts.questions[row_id].text for row_id in rows.row_ids[:count]]
+    stop_ids = materials.tokenizer.stop_ids(materials.template.terminator)
+    return Panel(prompts, texts, options, stop_ids, materials.tokenizer)
+
+
+def evaluate(going: PolicyRun) -> bool:
+    """The mean reward of answers to held-out prompts, always drawn alike; returns whether it is the best so far."""
+    parts, progress = going.parts, going.progress
+    if going.panel is not None:
+        write_panel(going.panel, parts.roles.policy, going.run_dir, step=progress.step)
+    rows = parts.materials.rows.heldout
+    if len(rows) == 0:
+        return False
+    started = time.monotonic()
+    numbers = range(min(len(rows), parts.section.evaluate_rows))
+    rollout = answers_to(parts, rows, numbers, seed=parts.run.seed)
+    scores = scored(parts, rollout, rows, numbers)
+    loss = -mean(scores)
+    is_best = progress.best_loss is None or loss < progress.best_loss
+    if is_best:
+        progress.best_loss, progress.best_step = loss, progress.step
+    progress.evaluations_without_gain = 0 if is_best else progress.evaluations_without_gain + 1
+    going.recorder.write(
+        "evaluation",
+        progress.step,
+        reward_mean=mean(scores),
+        reward_std=deviation(scores),
+        answers=len(scores),
+        length_mean=mean(rollout.lengths),
+        ended_share=mean([float(reason == "stop") for reason in rollout.finish]),
+        seconds=round(time.monotonic() - started, 4),
+        is_best=is_best,
+        samples=panel_path(going.run_dir, progress.step).name if going.panel is not None else None,
+    )
+    return is_best and progress.step > 0
+
+
+def probe_before_learning(going: PolicyRun, collected: Collected) -> None:
+    """At update 0 the ratio is 1 and the KL to the reference 0, or everything that follows is learned from a fault.
+
+    Raises RunStopped. The sampler's own log-probabilities are compared only where it draws from the whole distribution.
+    """
+    parts, mask_BT = going.parts, collected.mask_BT
+    bound = SAME_LOGPS[parts.materials.precision]
+    again_BT = logps_now(parts, collected)
+    pairs = {"the ratio to itself is not 1": again_BT}
+    if parts.section.top_k == 0 and parts.section.top_p == 1:
+        pairs["the sampler draws from another distribution than the one that learns"] = collected.engine_logps_BT
+    if collected.reference_BT is not None:
+        pairs["the KL to the reference is not 0"] = collected.reference_BT
+    for what, other_BT in pairs.items():
+        gap = float((collected.old_logps_BT - other_BT)[mask_BT].abs().mean())
+        if not gap <= bound:
+            raise RunStopped(
+                f"before anything was learned, {what}: {gap:.3g} nats per token apart",
+                expected=f"at most {bound:g}",
+                fix="look for dropout in the model's config.json, use another precision or attention, and report this "
+                "family if it stays",
+                where=str(going.run_dir.path),
+            )
+
+
+def probe_after_learning(going: PolicyRun, collected: Collected) -> None:
+    """After the first update the policy gives other log-probabilities. Raises RunStopped when it does not."""
+    moved = float((logps_now(going.parts, collected) - collected.old_logps_BT)[collected.mask_BT].abs().max())
+    if moved == 0:
+        raise RunStopped(
+            "the first update changed no log-probability of the policy",
+            expected="another distribution after an update at a rate above 0",
+            fix="raise learning_rate (updates may be lost in rounding), and look at whether rewards differ at all",
+            where=str(going.run_dir.path),
+        )
+
+
+def logps_now(parts: PolicyMaterials, collected: Collected) -> Any:
+    device = parts.materials.device
+    return on_grid(
+        collected.rows,
+        collected.mask_BT,
+        parts.plan,
+        lambda batch: log_probabilities(parts.roles.policy, batch.to(device), parts.head, parts.section.temperature)[0],
+    )
+
+
+def attend(going: PolicyRun, stop: StopRequest) -> bool:
+    """After an iteration: look, evaluate, answer alarms, save. Returns whether the run ends here.
+
+    Raises RunStopped for an alarm that stops, RunInterrupted after a signal; both leave what can be resumed.
+    """
+    parts, progress, recorder = going.parts, going.progress, going.recorder
+    section, stepper = parts.section, parts.materials.stepper
+    cadence = Cadence(section.evaluate_every or 0, section.save_every or 0, going.num_iterations)
+    if looks_after(progress.step):
+        recorder.write("look", progress.step, **stepper.look(), **disk(parts.materials, going.run_dir))
+    is_best = cadence.evaluates_after(progress.step) and evaluate(going)
+    alarms = recorder.take_alarms()
+    halt = stopping(alarms)
+    say([alarm for alarm in alarms if alarm is not halt], recorder, step=progress.step)
+    wants_save = cadence.saves_after(progress.step) or (is_best and section.keep_best) or stop
+    if asks_for_save(alarms) or (wants_save and (halt is None or halt.is_worth_saving)):
+        checkpoint(going)
+    if halt is not None:
+        say([halt], recorder, step=progress.step)
+        raise stopped_by(halt, going.run_dir, step=progress.step, newest=newest_step(going.run_dir))
+    if stop:
+        recorder.event(progress.step, "interrupted", f"{stop.name}: saved at step {progress.step}")
+        raise interrupted(stop.name or "a signal", going.run_dir, progress)
+    patience = section.early_stop_patience
+    if patience is not None and progress.evaluations_without_gain >= patience:
+        recorder.event(progress.step, "early stop", f"no better held-out reward in {patience} evaluations")
+        return True
+    return False
+
+
+def checkpoint(going: PolicyRun) -> Path:
+    """Save everything once the weights are known to be finite; then drop checkpoints that nothing needs."""
+    parts, progress = going.parts, going.progress
+    for stepper in (parts.materials.stepper, parts.critic):
+        if stepper is not None:
+            try:
+                stepper.require_finite_weights([])
+            except NonFiniteStep as problem:
+                raise bad_step(problem, going) from None
+    started = time.monotonic()
+    path = save(going.run_dir.checkpoints, parts, progress, going.state)
+    best = checkpoint_path(going.run_dir, progress.best_step)
+    keeps_best = best is not None and parts.section.keep_best
+    prune(
+        going.run_dir.checkpoints,
+        keep=parts.section.keep_checkpoints,
+        protect=[best] if keeps_best and best is not None else [],
+        verified=path,
+    )
+    going.recorder.event(
+        progress.step,
+        "saved",
+        path.name,
+        seconds=round(time.monotonic() - started, 3),
+        bytes=sum(file.stat().st_size for file in path.iterdir()),
+    )
+    return path
+
+
+def bad_step(problem: NonFiniteStep, going: PolicyRun, collected: Collected | None = None) -> NonFiniteStep:
+    """The stop with the ids of the prompts instead of the numbers of answers."""
+    if collected is not None:
+        problem.row_numbers = sorted({collected.prompt_numbers[number] for number in problem.row_numbers})
+    return stopped(problem, going.parts.materials, going.run_dir, going.progress, going.recorder)

@@ -1,0 +1,141 @@
+"""Proximal policy optimisation with a critic: the whole loop on one page. Knows one method, and no doctor.
+
+Collect answers, turn rewards into advantages, learn in small steps, watch, save. Formulas: zhibei/losses/policy.py.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from zhibei.config.resolve import ResolvedRun
+from zhibei.config.run import PpoSection
+from zhibei.losses.policy import KL_ESTIMATORS, gae, token_rewards, whiten
+from zhibei.store.run_dir import RunDir
+from zhibei.train.collect import Collected, collect, seed_of
+from zhibei.train.experience import Experience, minibatches
+from zhibei.train.health import board_of, deviation, explained_variance
+from zhibei.train.interrupts import stop_requests
+from zhibei.train.learned import Learned
+from zhibei.train.policy_run import (
+    PolicyRun,
+    attend,
+    bad_step,
+    probe_after_learning,
+    probe_before_learning,
+    train_policy,
+)
+from zhibei.train.step import NonFiniteStep
+
+
+def train(resolved: ResolvedRun, **options: Any) -> RunDir:
+    """Learn from a reward as section ppo says; returns the run directory with the finished policy.
+
+    Options and errors are those of `zhibei.train.policy_run.train_policy`.
+    """
+    return train_policy(resolved, loop, **options)
+
+
+def loop(going: PolicyRun) -> None:
+    """Answers, advantages, updates; until the last iteration, an early stop or a signal."""
+    parts, progress, state = going.parts, going.progress, going.state
+    section = parts.run.ppo
+    with stop_requests() as stop:
+        while progress.step < going.num_iterations:
+            started = time.monotonic()
+            iteration = progress.step
+            collected = collect(parts, iteration, state.scale)
+            if iteration == 0:
+                probe_before_learning(going, collected)
+            experience = experience_of(collected, section, kl_coefficient=state.kl.coefficient)
+            state.constant_groups += deviation(collected.scores) == 0
+            rate, critic_rate = going.rate(section.learning_rate), going.rate(section.critic_learning_rate)
+            was_untouched = parts.materials.stepper.effective_steps == 0
+            learning = time.monotonic()
+            try:
+                learned = learn(going, experience, rate=rate, critic_rate=critic_rate)
+            except NonFiniteStep as problem:
+                raise bad_step(problem, going, collected) from None
+            if iteration == 0 and was_untouched and parts.materials.stepper.effective_steps:
+                probe_after_learning(going, collected)
+            figures = board_of(collected)
+            values_BT, returns_BT = experience.figures_BT["values"], experience.figures_BT["returns"]
+            coefficient = state.kl.coefficient
+            state.kl.update(figures["kl_per_answer"], num_answers=len(collected.rollout))
+            state.answers += len(collected.rollout)
+            progress.step = iteration + 1
+            progress.tokens += int(collected.rows.lengths.sum())
+            progress.learned_tokens += sum(collected.rollout.lengths)
+            progress.seconds += time.monotonic() - started
+            going.recorder.write(
+                "iteration",
+                progress.step,
+                **figures,
+                **learned.figures(),
+                explained_variance=explained_variance(values_BT, returns_BT, collected.mask_BT),
+                return_mean=float(returns_BT[collected.mask_BT].mean()),
+                kl_coefficient=coefficient,
+                constant_rewards=state.constant_groups,
+                learning_rate=rate,
+                epoch=round(parts.cursor.epoch_at(progress.step), 6),
+                answers=len(collected.rollout),
+                tokens=sum(collected.rollout.lengths),
+                **{name: round(value, 4) for name, value in collected.seconds.items()},
+                learning_seconds=round(time.monotonic() - learning, 4),
+                seconds=round(time.monotonic() - started, 4),
+                peak_gib=going.recorder.peak_gib(),
+            )
+            if attend(going, stop):
+                break
+
+
+def experience_of(collected: Collected, section: PpoSection, *, kl_coefficient: float) -> Experience:
+    """Rewards per token with the KL to the reference taken off (arXiv:2009.01325), advantages and returns by GAE
+    (arXiv:1506.02438). Every token counts alike, so a step is a mean over its tokens."""
+    assert collected.reference_BT is not None
+    assert collected.values_BT is not None
+    mask_BT = collected.mask_BT
+    kl_BT = KL_ESTIMATORS[section.kl_estimator](collected.old_logps_BT, collected.reference_BT)
+    rewards_BT = token_rewards(collected.rewards_B, kl_BT, mask_BT, kl_coefficient=kl_coefficient)
+    if section.whiten_rewards:
+        rewards_BT = whiten(rewards_BT, mask_BT, keep_mean=True)
+    values_BT = collected.values_BT * mask_BT
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=section.gamma, lam=section.gae_lambda)
+    if section.whiten_advantages:
+        advantages_BT = whiten(advantages_BT, mask_BT)
+    return Experience(
+        rows=collected.rows,
+        mask_BT=mask_BT,
+        figures_BT={
+            "old_logps": collected.old_logps_BT,
+            "advantages": advantages_BT,
+            "values": values_BT,
+            "returns": returns_BT,
+        },
+        weights_BT=mask_BT.float(),
+        units_B=collected.rollout.lengths,
+    )
+
+
+def learn(going: PolicyRun, experience: Experience, *, rate: float, critic_rate: float) -> Learned:
+    """Small steps of critic and policy over the answers, a few times; ends early when the policy has gone far."""
+    parts, section = going.parts, going.parts.run.ppo
+    iteration, learned = going.progress.step, Learned()
+    assert parts.critic is not None
+    for inner in range(section.inner_epochs):
+        seed = seed_of(parts.run.seed + 1, iteration * section.inner_epochs + inner)
+        for place, numbers in enumerate(minibatches(range(len(experience)), section.minibatches, seed=seed)):
+            passes = experience.passes(numbers, parts.plan)
+            with parts.roles.as_critic():
+                learned.critic.append(parts.critic.step(passes, learning_rate=critic_rate))
+            if iteration < section.critic_warmup_steps:
+                continue
+            step = (iteration * section.inner_epochs + inner) * section.minibatches + place
+            num_units = sum(batch.num_units for batch in passes)
+            supervised = parts.ptx_passes(step, weight=section.ptx_coefficient * num_units)
+            record = parts.materials.stepper.step([*passes, *supervised], learning_rate=rate)
+            learned.policy.append(record)
+            if section.stop_at_kl and record.figures["kl_to_writer"] > section.stop_at_kl:
+                learned.stopped_early = True
+                return learned
+    return learned

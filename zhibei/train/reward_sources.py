@@ -1,0 +1,110 @@
+"""The rewards of a run file, ready to be asked: what it names, and its reward model. Knows sections, no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.config.policy import PolicySection
+from zhibei.config.run import RunFile
+from zhibei.data.batches import BatchPlan
+from zhibei.data.prepared import PreparedRows
+from zhibei.data.references import Question
+from zhibei.generate.rewards import Answered, RewardSource, needs_references, reward_source, summed
+from zhibei.model.language_model import LanguageModel
+from zhibei.model.locate import locate
+from zhibei.model.score_model import load_score_model_for_inference, row_scores
+from zhibei.store.manifest import read_manifest, recorded
+from zhibei.text.tokenizer import Tokenizer
+from zhibei.train.experience import passes_of
+
+
+def reward_of(
+    section: PolicySection,
+    run: RunFile,
+    questions: Mapping[str, Question],
+    *,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    precision: str,
+) -> Callable[[Answered], list[float]]:
+    """What the run file's `reward` and `reward_model` give together. Raises UserError when neither is named, a named
+    one cannot be, or results to compare with are missing."""
+    sources: list[RewardSource] = []
+    if section.reward is not None:
+        where = f"{run.stage}.reward"
+        sources.append(reward_source(section.reward, seconds=section.reward_seconds, where=where))
+        if needs_references(section.reward):
+            require_references(questions, section.reward, where=where)
+    if section.reward_model is not None:
+        where = f"{run.stage}.reward_model"
+        require_same_tokens(section.reward_model, tokenizer, where=where)
+        model = load_score_model_for_inference(section.reward_model, device=str(device), precision=precision)
+        score = model_scorer(model, pad_token=tokenizer.pad_id, tokens_per_pass=max(section.tokens_per_pass, 1))
+        sources.append(RewardSource(section.reward_model, score, max(section.reward_seconds, 3600.0), where))
+    if not sources:
+        raise UserError(
+            f"{run.stage}.reward and {run.stage}.reward_model are both open: nothing says which answers are good",
+            expected="a verifier, a function, a server or a reward model",
+            fix=f"set {run.stage}.reward (for example number, or python:rewards.py:score), or {run.stage}.reward_model",
+            where=f"{run.stage}.reward",
+        )
+    return sources[0] if len(sources) == 1 else summed(sources)
+
+
+def require_references(questions: Mapping[str, Question], name: str, *, where: str) -> None:
+    """Raises UserError when a prompt has no known result: every answer to it would count as wrong."""
+    missing = [place for place, question in questions.items() if not (question.reference or "").strip()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(questions)} prompts have no result to compare with, e.g. {missing[0]}",
+            expected=f"a reference in every record for the reward {name}",
+            fix="add it to the records (an answer, or a field such as gt_answer), or use another reward",
+            where=where,
+        )
+
+
+def require_same_tokens(path: str, tokenizer: Tokenizer, *, where: str) -> None:
+    """Raises UserError when the reward model's run was made with another tokenizer."""
+    found = locate(path).run
+    if found is None or not found.manifest.is_file():
+        return
+    theirs = recorded(read_manifest(found.path), "tokenizer.sha256")
+    if theirs is not None and theirs != tokenizer.fingerprint:
+        raise UserError(
+            f"the reward model {path} was trained with another tokenizer ({str(theirs)[:12]}, the policy has "
+            f"{tokenizer.fingerprint[:12]})",
+            expected="policy and reward model of one tokenizer: the same ids must mean the same words",
+            fix="train a reward model on the policy's base, or choose a policy of the reward model's family",
+            where=where,
+            pitfall="reward-model-of-another-vocabulary",
+        )
+
+
+def model_scorer(
+    model: LanguageModel, *, pad_token: int, tokens_per_pass: int
+) -> Callable[[Answered], Sequence[float]]:
+    """Scores of whole rows by a reward model, read at each row's last token."""
+
+    def score(answered: Answered) -> Sequence[float]:
+        lengths = [len(row) for row in answered.tokens]
+        rows = PreparedRows(
+            tokens=np.concatenate([np.asarray(row, dtype=np.int32) for row in answered.tokens]),
+            supervised=np.zeros(sum(lengths), dtype=bool),
+            borders=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            row_ids=[str(number) for number in range(len(lengths))],
+        )
+        plan = BatchPlan(
+            global_batch=1, micro_batch_tokens=max(tokens_per_pass, *lengths), packing=False, pad_token=pad_token
+        )
+        scores = np.zeros(len(lengths))
+        with torch.no_grad():
+            for batch in passes_of(rows, range(len(lengths)), plan):
+                found_R = row_scores(model, batch.to(model.device), len(batch.row_numbers))
+                scores[list(batch.row_numbers)] = found_R.float().cpu().numpy()
+        return scores.tolist()
+
+    return score
