@@ -22,6 +22,9 @@ def fake_run(folder: Path, *, num_steps: int = 400, seed: int = 0, end: str = "f
     run_dir.ledger.write_text("".join(json.dumps(entry) + "\n" for entry in LEDGER))
     run_dir.manifest.write_text(json.dumps(MANIFEST))
     run_dir.proofs.write_text(json.dumps(PROOFS))
+    run_dir.check.write_text(json.dumps(CHECK))
+    run_dir.rehearsal.write_text(json.dumps(REHEARSAL))
+    run_dir.plan.write_text(json.dumps(PLAN))
     run_dir.resolved.write_text(RESOLVED)
     run_dir.run_file.write_text("name: fake\n")
     run_dir.samples.mkdir(exist_ok=True)
@@ -70,7 +73,7 @@ def train(step: int, num_steps: int, noise: random.Random, now: float) -> dict[s
         "learning_rate": 2e-5 * min(1, step / 12) * 0.5 * (1 + math.cos(math.pi * progress)),
         "tokens": 40_000 + noise.randrange(4000), "supervised_tokens": 11_000 + noise.randrange(900),
         "tokens_per_s": 26_000 + noise.gauss(0, 500) - (20_000 if step == 1 else 0), "seconds": 1.6,
-        "peak_gib": 61.2, "host_gib": 9.4, "micro_batches": 10,
+        "peak_gib": 61.2, "gpu_held_gib": 42.7, "host_gib": 9.4, "micro_batches": 10,
     }  # fmt: skip
 
 
@@ -145,3 +148,29 @@ sft:
   learning_rate: 2e-05  # planned
   # warmup_steps: no effect; nothing follows from it
 """
+FINDING = {
+    "id": "wrong-family-template", "area": "template", "cost": "run", "level": "warning",
+    "what": f"template chatml uses control tokens that this tokenizer does not have {EVIL}", "where": "run.yaml:7",
+    "why": "", "to_do": "take the template of the model's family", "changes": {}, "is_safe": False, "evidence": [],
+}  # fmt: skip
+CHECK: dict[str, Any] = {
+    "blocks": False, "counts": {"stop": 0, "warning": 1, "note": 0}, "findings": [FINDING],
+    "accepted": [{**FINDING, "id": "learning-rate-too-high", "what": "sft.learning_rate: 0.01", "to_do": "2e-5"}],
+    "defects": [], "checks": 127,
+}  # fmt: skip
+REHEARSAL: dict[str, Any] = {
+    "passed": True, "seconds": 18.2, "findings": [],
+    "steps": [
+        {"name": "load", "passed": True, "seconds": 6.1, "detail": "6.7 billion parameters learn, bf16 on cuda:0"},
+        {"name": "worst batch", "passed": True, "seconds": 2.4, "detail": f"rows of 1,019 tokens {EVIL}"},
+        {"name": "memory", "passed": False, "seconds": 0.0, "detail": "61.20 of 79.11 GiB, planned 60.80"},
+    ],
+}  # fmt: skip
+PLAN: dict[str, Any] = {
+    "machine": "this machine", "fits": True, "micro_batch_tokens": 16384, "activation_checkpointing": "none",
+    "peak_gib": 60.8, "peak_phase": "steady", "host_gib": 10.1, "steps": 400, "hours": 0.19,
+    "phases": [
+        {"name": "steady", "gib": 60.8, "causes_gib": {"weights": 12.55, "optimiser states": 30.1, "loss": 18.15}},
+        {"name": "save", "gib": 44.0, "causes_gib": {"weights": 12.55, "optimiser states": 30.1, "checks": 1.35}},
+    ],
+}  # fmt: skip

@@ -27,6 +27,9 @@ INPUT_OF_SECTION = {
     "dropped_rows": "ledger.jsonl",
     "run_file": "resolved.yaml",
     "manifest": "manifest.json",
+    "check": "check.json",
+    "rehearsal": "rehearsal.json",
+    "plan": "plan.json",
 }
 
 
@@ -279,3 +282,19 @@ def test_an_early_stop_is_said(tmp_path: Path) -> None:
     body = SECTIONS["verdict"](read_inputs(run_dir)).body
     assert "Stopped early: " in body
     assert "no gain in 3" in body
+
+
+def test_what_was_known_beforehand_stands_beside_what_came(run_dir: RunDir) -> None:
+    inputs = read_inputs(run_dir)
+    shown = {name: " ".join("".join(read(SECTIONS[name](inputs).body).text).split()) for name in ("check", "plan")}
+    assert "wrong-family-template" in shown["check"]
+    assert "accepted" in shown["check"]
+    assert "learning-rate-too-high" in shown["check"]
+    assert re.search(r"GPU memory, peak.{0,20}60.80 GiB\s*61.20 GiB", shown["plan"])
+    assert re.search(r"memory between steps.{0,20}42.65 GiB\s*42.70 GiB", shown["plan"])  # without what a save needs
+    run_dir_of_sound_run = RunDir(run_dir.path.parent / "sound")
+    run_dir_of_sound_run.path.mkdir()
+    run_dir_of_sound_run.check.write_text(json.dumps({"findings": [], "accepted": [], "checks": 127}))
+    body = SECTIONS["check"](read_inputs(run_dir_of_sound_run)).body
+    assert "Nothing was found by 127 checks" in body
+    assert "127 项检查均未发现问题" in body

@@ -48,6 +48,8 @@ class RunInputs:
     manifest: dict[str, Any] = field(default_factory=dict)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
+    rehearsal: dict[str, Any] = field(default_factory=dict)
     resolved: str = ""
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +75,8 @@ def read_inputs(run_dir: RunDir) -> RunInputs:
         samples=read_samples(run_dir.samples, problems),
         manifest=as_dict(read_json(run_dir.manifest, problems)),
         plan=as_dict(read_json(run_dir.plan, problems)),
+        check=as_dict(read_json(run_dir.check, problems)),
+        rehearsal=as_dict(read_json(run_dir.rehearsal, problems)),
         proofs=[proof for proof in proofs if isinstance(proof, dict)] if isinstance(proofs, list) else [],
         resolved=read_text(run_dir.resolved, problems),
         problems=problems,

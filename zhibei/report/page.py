@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zhibei.report.audit import audit
+from zhibei.report.beforehand import BEFOREHAND_SECTIONS
 from zhibei.report.html import Section, both, page
 from zhibei.report.inputs import RunInputs, read_inputs
 from zhibei.report.provenance import PROVENANCE_SECTIONS
@@ -16,6 +17,7 @@ from zhibei.store.run_dir import RunDir
 
 SECTIONS: dict[str, Callable[[RunInputs], Section]] = {
     **TRAINING_SECTIONS,
+    **BEFOREHAND_SECTIONS,
     "audit": audit,
     "dropped_rows": dropped_rows,
     **PROVENANCE_SECTIONS,
@@ -26,6 +28,9 @@ TRAINING_PAGE = (
     "curves",
     "samples",
     "proofs",
+    "check",
+    "rehearsal",
+    "plan",
     "audit",
     "dropped_rows",
     "run_file",
