@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from zhibei.evaluate.stats import compare_paired, mcnemar_exact, ratio_interval, wilson
+from zhibei.evaluate.stats import compare_paired, mcnemar_exact, ratio_interval
+from zhibei.losses.intervals import wilson
 
 
 @pytest.mark.parametrize(

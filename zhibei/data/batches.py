@@ -5,6 +5,7 @@ Dimensions: B sequences (1 when packed), T tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -151,6 +152,16 @@ class Batches:
         columns_I = {name: torch.from_numpy(column[items]) for name, column in self.columns_I.items()}
         num_units = batch.num_units if plan.unit == "tokens" else len(items)
         return replace(batch, columns_I=columns_I, num_units=num_units)
+
+    def batch_of(self, items: Sequence[int]) -> Batch:
+        """One forward pass over these items, whatever the token budget."""
+        return self._pass(np.asarray(items))
+
+    def with_columns(self, columns_I: Mapping[str, np.ndarray]) -> Batches:
+        """The same steps, whose items carry these figures too."""
+        other = copy.copy(self)
+        other.columns_I = {**self.columns_I, **columns_I}
+        return other
 
     def steps(self, first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
         """(step, micro-batches) from step `first` on; the next step is put together while this one is computed."""

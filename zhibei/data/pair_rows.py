@@ -29,13 +29,13 @@ class Items:
 def pair_items(answers: AnswerRows) -> Items:
     """Rows 2i and 2i+1 are chosen and rejected of pair i."""
     rows = interleaved([answers.sides["chosen"], answers.sides["rejected"]])
-    return Items(rows, {"margin": np.asarray(answers.columns["margin"])}, rows_per_item=2)
+    return Items(rows, {"margin": np.array(answers.columns["margin"])}, rows_per_item=2)
 
 
 def judged_items(answers: AnswerRows) -> Items:
     """Row i is a judged answer; a pair gives two of them, the first good and the second bad."""
     if "answer" in answers.sides:
-        return Items(answers.sides["answer"], {"is_good": np.asarray(answers.columns["is_good"])}, rows_per_item=1)
+        return Items(answers.sides["answer"], {"is_good": np.array(answers.columns["is_good"])}, rows_per_item=1)
     rows = interleaved([answers.sides["chosen"], answers.sides["rejected"]])
     return Items(rows, {"is_good": np.arange(len(rows)) % 2 == 0}, rows_per_item=1)
 

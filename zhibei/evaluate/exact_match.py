@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zhibei.config.errors import UserError
-from zhibei.evaluate.stats import Share, wilson
+from zhibei.losses.intervals import Share, wilson
 
 Checker = Callable[[str, str], bool]
 

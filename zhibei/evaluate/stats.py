@@ -1,4 +1,4 @@
-"""How sure a share or a difference of shares is. Knows counts, not models, tasks or files."""
+"""How sure a difference of shares or a ratio is. Knows counts, not models, tasks or files."""
 
 from __future__ import annotations
 
@@ -6,21 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import NormalDist
-
-
-@dataclass(frozen=True)
-class Share:
-    """`right` of `total`, with the interval that holds the true share with the stated confidence."""
-
-    right: int
-    total: int
-    low: float
-    high: float
-
-    @property
-    def score(self) -> float:
-        return self.right / self.total
 
 
 @dataclass(frozen=True)
@@ -36,25 +21,6 @@ class Paired:
     high: float
     p_value: float
     """Two-sided, exact McNemar: how likely a split at least this uneven is if neither is better."""
-
-
-def wilson(right: int, total: int, *, confidence: float = 0.95) -> Share:
-    """A share with its score interval (Wilson 1927, JASA 22:209-212), which stays within 0 and 1 and has a width
-    even when none or all are right.
-
-    Raises ValueError when `right` is not within 0 and `total`, or `total` is 0.
-    """
-    if total < 1 or not 0 <= right <= total:
-        raise ValueError(f"{right} of {total} is no share")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = right / total
-    scale = 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # At the ends the formula is exact; without the clamp rounding would leave 1e-17 or 1 + 1e-16.
-    low = 0.0 if right == 0 else max(0.0, middle - half)
-    high = 1.0 if right == total else min(1.0, middle + half)
-    return Share(right, total, low, high)
 
 
 def mcnemar_exact(gained: int, lost: int) -> float:

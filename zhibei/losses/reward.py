@@ -25,3 +25,9 @@ def tie_loss_sum(first_P: torch.Tensor, second_P: torch.Tensor) -> torch.Tensor:
     gap_P = first_P.float() - second_P.float()
     both_P = torch.nn.functional.softplus(gap_P) + torch.nn.functional.softplus(-gap_P)
     return both_P.sum() / 2
+
+
+def centring_sum(chosen_P: torch.Tensor, rejected_P: torch.Tensor) -> torch.Tensor:
+    """Sum over pairs of (r_chosen + r_rejected)^2, in fp32: arXiv:2312.09244, eq. 2. The pair loss sees differences
+    only, so without it the scores may drift together."""
+    return (chosen_P.float() + rejected_P.float()).square().sum()

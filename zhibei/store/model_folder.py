@@ -135,7 +135,9 @@ def shape_problems(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]
         ]
     ends = {name.rpartition("model.")[2] for name in entries}
     wanted = ["embed_tokens.weight", "norm.weight"]
-    if not config.get("tie_word_embeddings", family in TIED_BY_DEFAULT):
+    if any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        wanted.append("score.weight")
+    elif not config.get("tie_word_embeddings", family in TIED_BY_DEFAULT):
         wanted.append("lm_head.weight")
     problems += [f"there is no tensor {name}" for name in wanted if name not in ends]
     return problems

@@ -49,6 +49,10 @@ class RunDir:
         return self.path / "samples"
 
     @property
+    def reference(self) -> Path:
+        return self.path / "reference"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

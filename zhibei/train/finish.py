@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zhibei.config.errors import RunStopped
+from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import locate
 from zhibei.model.save import write_weights
@@ -17,6 +18,7 @@ from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.files import read_json, write_json_atomic
 from zhibei.store.folders import whole_folder
 from zhibei.store.manifest import finish_manifest
+from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
 from zhibei.train.beginning import tokenizer_place
@@ -59,6 +61,7 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         "tokens": progress.tokens,
         "learned_tokens": progress.learned_tokens,
         "training_seconds": round(progress.seconds, 3),
+        "heldout": heldout_of(run_dir, chosen),
     }
     finish_manifest(run_dir.path, figures)
     recorder.event(
@@ -67,6 +70,14 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         f"{run_dir.model} holds step {chosen}" + (" (best held-out loss)" if chosen != progress.step else ""),
         model_step=chosen,
     )
+
+
+def heldout_of(run_dir: RunDir, step: int) -> dict[str, Any] | None:
+    """Figures of the evaluation whose weights the model holds; later stages ask for them (a reward model's accuracy).
+    None when there was none at that step."""
+    found = [r for r in read_metrics(run_dir.metrics) if r.get("kind") == "heldout" and r.get("step") == step]
+    left_out = ("kind", "step", "time", "is_best", "samples", "seconds")
+    return {name: value for name, value in found[-1].items() if name not in left_out} if found else None
 
 
 def write_model(materials: Materials, folder: Path) -> None:
@@ -114,22 +125,7 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
     place, precision = place_to_read_back(materials)
     read_back = load_for_inference(str(folder), device=place, precision=precision, base=base)
-    mine = dict(model.hf.named_parameters())
-    theirs = dict(read_back.hf.named_parameters())
-    differing = [
-        name
-        for name, parameter in model.trainable().items()
-        if name not in theirs or not torch.equal(parameter.data.to(theirs[name].data), theirs[name].data)
-    ]
-    proofs = [
-        Proof(
-            "tensors",
-            not differing and (base is not None or set(mine) == set(theirs)),
-            f"{len(model.trainable()):,} trained tensors are equal bit for bit"
-            if not differing
-            else f"{len(differing)} tensors differ, e.g. {differing[0]}",
-        )
-    ]
+    proofs = [compare_tensors(model, read_back, is_whole=base is None)]
     tokens_BT = torch.as_tensor(probe_row(materials), device=materials.device)[None]
     with torch.no_grad(), model.sampling() as trained, read_back.sampling() as again:
         a = trained(tokens_BT, use_cache=False).logits.float().to(read_back.device)
@@ -137,12 +133,29 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     difference = (a - b).abs().max().item()
     bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, a.abs().max().item())
     proofs.append(Proof("logits", difference <= bound, f"largest difference {difference:.3g}", difference))
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in theirs.values())
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in read_back.hf.parameters())
     proofs.append(Proof("finite", finite, "every weight is finite" if finite else "NaN or infinity in the weights"))
     written = load_tokenizer(str(folder))
     same = written.fingerprint == materials.tokenizer.fingerprint
     proofs.append(Proof("tokenizer", same, "fingerprint " + ("equal" if same else "differs")))
     return proofs
+
+
+def compare_tensors(model: LanguageModel, read_back: LanguageModel, *, is_whole: bool) -> Proof:
+    """Every tensor that was trained is there with the same bits; `is_whole`: and there are no others."""
+    mine, theirs = dict(model.hf.named_parameters()), dict(read_back.hf.named_parameters())
+    differing = [
+        name
+        for name, parameter in model.trainable().items()
+        if name not in theirs or not torch.equal(parameter.data.to(theirs[name].data), theirs[name].data)
+    ]
+    return Proof(
+        "tensors",
+        not differing and (not is_whole or set(mine) == set(theirs)),
+        f"{len(model.trainable()):,} trained tensors are equal bit for bit"
+        if not differing
+        else f"{len(differing)} tensors differ, e.g. {differing[0]}",
+    )
 
 
 def place_to_read_back(materials: Materials) -> tuple[str, str]:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
 from zhibei.config.run import RunFile
 from zhibei.data.batches import Batches, BatchPlan
-from zhibei.data.prepare import prepare
 from zhibei.data.prepared import PreparedRows, PreparedSet
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.device import choose_device, choose_precision
+from zhibei.model.dropout import without_dropout
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import Need, load_for_training
 from zhibei.model.savings import checkpoint_activations, compile_layers
+from zhibei.model.score_model import load_score_model
 from zhibei.plan.settle import Settled
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 from zhibei.train.beginning import load_run_tokenizer, run_dir_of
+from zhibei.train.items import READERS, Items, supervised_items
 from zhibei.train.optimizer import make_optimizer
-from zhibei.train.planning import settled_on
+from zhibei.train.planning import settled_for
+from zhibei.train.preferences import preference_task
+from zhibei.train.reward import reward_task
 from zhibei.train.schedule import require_peak
 from zhibei.train.sft import sft_task
 from zhibei.train.step import Stepper
@@ -33,7 +38,11 @@ from zhibei.train.task import Task
 
 # Token counts are padded up to this on a GPU, so that compiled kernels and the matrix units see even shapes.
 GPU_PAD_MULTIPLE = 64
-TASKS: dict[str, Callable[[RunFile, TokenLoss], Task]] = {"sft": sft_task}
+TASKS: dict[str, Callable[[RunFile, TokenLoss], Task]] = {
+    "sft": sft_task,
+    "reward": reward_task,
+    "dpo": preference_task,
+}
 """The stages that learn from given rows."""
 
 
@@ -62,6 +71,8 @@ class Materials(Ready):
     task: Task
     """What this stage learns, and how it is judged and written."""
     notes: tuple[str, ...] = ()
+    mismatched_heldout: Batches | None = None
+    """KTO: the held-out prompts, each with an answer to another one."""
 
     @property
     def run(self) -> RunFile:
@@ -89,7 +100,9 @@ def gather(
         seed=run.seed,
         neftune_alpha=run.sft.neftune_alpha,
     )
-    model = load_for_training(run.model, run.lora, need)
+    model = (load_score_model if run.stage == "reward" else load_for_training)(run.model, run.lora, need)
+    if run.stage != "sft":
+        without_dropout(model)
     check_vocabulary(model, ready.tokenizer)
     stepper, task = make_stepper(run, model)
     return Materials(**vars(ready), model=model, stepper=stepper, task=task, notes=resolved.notes)
@@ -103,18 +116,18 @@ def read_rows(
 ) -> Ready:
     """Everything that needs no weights: device, tokenizer, template, audited rows, batches, planned values."""
     run = resolved.run
-    require_sft(run)
+    require_rows(run)
     device = choose_device(run.device)
     precision = choose_precision(run.model.precision, device)
     tokenizer = load_run_tokenizer(run)
     template = find_template(run.data.template, tokenizer)
-    rows = prepare(run, tokenizer, template, progress=on_rows)
+    items = READERS[run.stage](run, tokenizer, template, on_rows)
     if on_audit is not None:
-        on_audit(rows)
-    settled = settled_on(device, run, rows)
+        on_audit(items.rows)
+    settled = settled_for(device, run, items.lengths)
     resolved = with_planned(resolved, settled.values)
-    run = resolved.run
-    batches, heldout = make_batches(run, rows, pad_token=tokenizer.pad_id, device=device)
+    run, rows = resolved.run, items.rows
+    batches, heldout = make_batches(run, items, pad_token=tokenizer.pad_id, device=device)
     planned = {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)}
     return Ready(
         resolved=with_planned(resolved, planned),
@@ -129,12 +142,12 @@ def read_rows(
     )
 
 
-def require_sft(run: RunFile) -> None:
-    """Raises UserError for the stages that have no training loop; their run files can be checked and planned."""
-    if run.stage != "sft":
+def require_rows(run: RunFile) -> None:
+    """Raises UserError for the stages that do not learn from given rows; they have loops of their own, or none yet."""
+    if run.stage not in TASKS:
         raise UserError(
             f"a run of stage {run.stage} cannot be trained by this version",
-            expected="stage: sft (supervised fine-tuning, and continued pre-training on plain text)",
+            expected=f"stage: {', '.join(TASKS)}",
             fix=f"`zhibei check` and `zhibei plan` read this run file and say whether its {run.stage} run would work",
             where="stage",
         )
@@ -163,8 +176,8 @@ def plan_without_model(
         "method": run.model.method,
         "precision": f"{ready.precision} on {ready.device}",
         "template": rows.template,
-        "training_rows": len(rows.train),
-        "held_out_rows": len(rows.heldout),
+        "training_rows": batches.num_items,
+        "held_out_rows": ready.heldout.num_items if ready.heldout is not None else 0,
         "tokens_per_epoch": int(rows.train.lengths.sum()),
         "optimiser_steps": batches.num_steps,
         "micro_batch_tokens": run.training.tokens_per_pass,
@@ -181,29 +194,38 @@ def _named(rows: PreparedSet, run: RunFile) -> dict[str, Any]:
 
 
 def make_batches(
-    run: RunFile, rows: PreparedSet, *, pad_token: int, device: torch.device
+    run: RunFile, rows: Items | PreparedSet, *, pad_token: int, device: torch.device
 ) -> tuple[Batches, Batches | None]:
     """Training batches, and held-out ones when there are held-out rows."""
+    items = rows if isinstance(rows, Items) else supervised_items(rows)
+    section = run.training
     plan = BatchPlan(
-        global_batch=run.training.global_batch,
-        micro_batch_tokens=run.training.tokens_per_pass,
+        global_batch=section.global_batch,
+        micro_batch_tokens=section.tokens_per_pass,
         packing=run.data.packing,
         shuffle=run.data.shuffle,
         group_by_length=run.data.group_by_length,
         seed=run.seed,
         pad_multiple=GPU_PAD_MULTIPLE if device.type == "cuda" else 1,
         pad_token=pad_token,
+        rows_per_item=items.rows_per_item,
+        unit=items.unit,
     )
-    batches = Batches(rows.train, plan, epochs=run.training.epochs, max_steps=run.training.max_steps)
-    require_peak(run.training, batches.num_steps)
-    return batches, heldout_batches(rows.heldout, plan)
+    batches = Batches(
+        items.rows.train, plan, epochs=section.epochs, max_steps=section.max_steps, columns_I=items.train_columns
+    )
+    require_peak(section, batches.num_steps)
+    return batches, heldout_batches(items.rows.heldout, plan, items.heldout_columns)
 
 
-def heldout_batches(rows: PreparedRows, plan: BatchPlan) -> Batches | None:
+def heldout_batches(
+    rows: PreparedRows, plan: BatchPlan, columns: Mapping[str, np.ndarray] | None = None
+) -> Batches | None:
     """Batches over held-out rows; None when there are no such rows."""
     if len(rows) == 0:
         return None
-    return Batches(rows, replace(plan, global_batch=min(plan.global_batch, len(rows))))
+    num_items = len(rows) // plan.rows_per_item
+    return Batches(rows, replace(plan, global_batch=min(plan.global_batch, num_items)), columns_I=columns)
 
 
 def check_vocabulary(model: LanguageModel, tokenizer: Tokenizer) -> None:

@@ -101,7 +101,7 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
     )
     stepper.remember_weights()
     if progress.step == 0:
-        task.probe(materials, has_moved=False)
+        task.probe(materials)
         evaluate(materials, run_dir, progress, recorder, panel)
     with stop_requests() as stop:
         for data_seconds, (step, micro_batches) in with_waits(batches.steps(progress.step)):
@@ -128,8 +128,6 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
                     skipped_steps=progress.all_skipped_steps,
                     skipped_in_row=progress.skipped_steps,
                 )
-            if stepper.effective_steps == 1 and rate > 0:
-                task.probe(materials, has_moved=True)
             if looks_after(progress.step):
                 recorder.write("look", progress.step, **stepper.look(), **disk(materials, run_dir))
             is_best = False

@@ -71,6 +71,8 @@ def describe(materials: Materials) -> dict[str, Any]:
         "precision": materials.precision,
         "settings": settings_of(run),
         "parent_run": str(found.run.path.resolve()) if found.run is not None else None,
+        "stage": run.stage,
+        **materials.task.described,
     }
     name = torch.cuda.get_device_name(materials.device) if materials.device.type == "cuda" else "cpu"
     return new_manifest(described, device_name=name)

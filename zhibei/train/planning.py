@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ GIB = 2**30
 
 def settled_on(device: torch.device, run: RunFile, rows: PreparedSet) -> Settled:
     """The plan of a run with its real rows on this device."""
+    return settled_for(device, run, rows.train.lengths.tolist())
+
+
+def settled_for(device: torch.device, run: RunFile, lengths: Sequence[int]) -> Settled:
+    """The same from the tokens of what is never torn apart, a row or a pair."""
     machine = Machine("this machine", (gpu_of_device(device),) if device.type == "cuda" else ())
-    lengths = rows.train.lengths.tolist()
     return settle(run, shape_of_model(run), machine, rows_of_lengths(lengths, global_batch=run.training.global_batch))
 
 

@@ -48,7 +48,7 @@ def as_they_are(_model: LanguageModel, micro_batches: Sequence[Batch]) -> Sequen
     return micro_batches
 
 
-def nothing_to_probe(_materials: Materials, *, has_moved: bool) -> None:
+def nothing_to_probe(_materials: Materials) -> None:
     """Every state of the model is a fair one to begin with."""
 
 
@@ -59,8 +59,7 @@ class Task:
     `step_loss` is summed over the units of a step and `plain_loss` without what only regularises; `evaluate` gives the
     held-out figures; `write` puts the finished model into a folder and `prove` reads it back. `prepare` is called once
     before the first step, with the number of steps done, and may add to what batches carry; `before_step` sees the
-    passes of a step together; `probe` raises RunStopped when the method cannot work, at step 0 and after the first
-    update.
+    passes of a step together; `probe` raises RunStopped at step 0 when the method cannot work.
     """
 
     unit: str
@@ -71,4 +70,6 @@ class Task:
     prove: Callable[[Materials, Path], list[Proof]]
     prepare: Callable[[Materials, RunDir, int], Materials] = unchanged
     before_step: Callable[[LanguageModel, Sequence[Batch]], Sequence[Batch]] = as_they_are
-    probe: Callable[..., None] = nothing_to_probe
+    probe: Callable[[Materials], None] = nothing_to_probe
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the model beside what it says of every run."""
