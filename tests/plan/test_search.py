@@ -7,7 +7,7 @@ import pytest
 from tests.doctor.healthy import CONFIG, run_of
 from zhibei.plan.job import Rows, rows_of_lengths
 from zhibei.plan.machines import parse_machine
-from zhibei.plan.search import MARGIN, search, what_would_fit
+from zhibei.plan.search import MARGIN, ONE_CARD, search, what_would_fit
 from zhibei.plan.settle import settle
 from zhibei.plan.shapes import read_shape
 from zhibei.plan.speed import corrected
@@ -104,3 +104,12 @@ def test_disk_holds_checkpoints_the_best_and_the_one_being_written():
     adapters = found("h200", *LORA).chosen.memory.disk
     assert adapters is not None
     assert adapters.peak_bytes < 0.1 * plan.disk.peak_bytes
+
+
+def test_what_can_be_trained_now_names_neither_more_cards_nor_offload() -> None:
+    run, machine = run_of().run, parse_machine("rtx4090")
+    planned = what_would_fit(run, SHAPE, machine, ROWS)
+    today = what_would_fit(run, SHAPE, machine, ROWS, wishes=ONE_CARD)
+    assert any("such GPUs" in way for way in planned)
+    assert today
+    assert not any("such GPUs" in way or "host" in way or "shard" in way for way in today)

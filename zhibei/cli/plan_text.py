@@ -29,6 +29,9 @@ def lines(found: Search, machine: Machine, *, alternatives: list[str], price: fl
     yield from _phases(plan)
     yield Text("")
     yield from _around(found, price)
+    if found.chosen.job.num_gpus > 1 or found.chosen.job.offload != "none":
+        note = "several GPUs and offloading are planned already; this version trains on one GPU without offloading"
+        yield Text(f"  note        {note}", style="yellow")
     if found.others:
         yield Text("\nother ways:" if found.chosen.fits else "\nthe smallest other ways:", style="bold")
         for other in found.others:
@@ -108,9 +111,6 @@ def _around(found: Search, price: float | None) -> Iterator[Text]:
         f"  time        {_hours(found.hours)} for {found.total_steps:,} steps, {speed.tokens_per_s:,.0f} tokens/s "
         f"({how}){money}"
     )
-    if found.chosen.job.num_gpus > 1 or found.chosen.job.offload != "none":
-        note = "several GPUs and offloading are planned already; this version trains on one GPU without offloading"
-        yield Text(f"  note        {note}", style="yellow")
 
 
 def _size(gib: float) -> str:

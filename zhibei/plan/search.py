@@ -198,18 +198,28 @@ def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | No
     return Candidate(ways.micro_batch_tokens, memory, speed)
 
 
-def what_would_fit(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) -> list[str]:
-    """What would have to give, a line per way that works: another card, more of them, another method, shorter rows."""
-    wishes = Wishes()
+ONE_CARD = Wishes(sharding="no_shard", offload="none")
+"""How this version trains. Sharding and offload can be planned."""
+
+
+def what_would_fit(
+    run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, *, wishes: Wishes | None = None
+) -> list[str]:
+    """What would have to give, a line per way that works: another method, another card, more of them, shorter rows.
+
+    With `wishes=ONE_CARD` only what this version can train.
+    """
+    wishes = wishes or Wishes()
+    is_planned_only = wishes != ONE_CARD
     found = []
     methods = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[run.model.method]
-    for method in methods:
+    for method in methods if is_planned_only else [name for name in methods if name != "qlora"]:
         other = run.model_copy(update={"model": run.model.model_copy(update={"method": method})})
         if search(other, shape, machine, rows, wishes).chosen.fits:
             found.append(f"model.method: {method} on this machine")
             break
     card = machine.smallest_gpu
-    if card is not None:
+    if card is not None and is_planned_only:
         for count in CARD_COUNTS:
             if count > len(machine.gpus):
                 more = replace(machine, gpus=(card,) * count, gpu_link=machine.gpu_link)

@@ -18,7 +18,7 @@ from zhibei.data.prepared_cache import cache_root
 from zhibei.data.readers import as_source
 from zhibei.doctor.facts.facts import Facts
 from zhibei.plan.job import Rows, rows_of_lengths
-from zhibei.plan.search import what_would_fit
+from zhibei.plan.search import ONE_CARD, what_would_fit
 from zhibei.plan.settle import settle
 from zhibei.store.files import read_json
 
@@ -85,7 +85,8 @@ def with_plan(facts: Facts, prepared: PreparedSet | None) -> Facts:
     if settled.search is None:
         return facts
     plan = settled.search.chosen.memory
-    remedies = () if plan.fits else tuple(what_would_fit(run, shape, machine, rows))
+    one_card = replace(machine, gpus=machine.gpus[:1], num_nodes=1)
+    remedies = () if plan.fits else tuple(what_would_fit(run, shape, one_card, rows, wishes=ONE_CARD))
     return replace(facts, plan=plan, plan_remedies=remedies)
 
 

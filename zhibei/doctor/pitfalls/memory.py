@@ -86,9 +86,11 @@ def _causes(phase: Phase) -> str:
 
 
 def _remedy(facts: Facts) -> str:
+    others = facts.machine.num_gpus - 1
+    alone = f" (this version trains on one card; the other {others} are not used)" if others > 0 else ""
     if facts.plan_remedies:
-        return "one of: " + "; ".join(facts.plan_remedies)
-    return "lower micro_batch_tokens or data.max_tokens, set model.method: lora, or take a larger card"
+        return "one of: " + "; ".join(facts.plan_remedies) + alone
+    return f"lower micro_batch_tokens or data.max_tokens, set model.method: lora, or take a larger card{alone}"
 
 
 @pitfall(
