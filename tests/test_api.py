@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,17 @@ def test_a_run_with_a_fault_is_found_planned_for_another_machine_and_never_start
     assert not (run_file.parent / "runs").exists()
     on_old_card = zhibei.read_run(run_file, ["model.precision=bf16", "device=auto"])
     assert "bf16-on-pre-ampere" in {one.id for one in zhibei.check(on_old_card, "v100-32g").findings}
+
+
+def test_a_refused_run_loads_no_torch(run_file: Path) -> None:
+    program = (
+        "import sys, zhibei; from zhibei.config.errors import UserError\n"
+        f"try: zhibei.train({str(run_file)!r}, ['sft.learning_rate=0.5'])\n"
+        "except UserError: sys.exit('torch' in sys.modules)\n"
+        "sys.exit('it was trained')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_warnings_of_the_check_are_heard_and_kept(run_file: Path) -> None:

@@ -6,22 +6,23 @@ Knows what surrounds a loop; no loop, and no screen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zhibei.config.resolve import ResolvedRun
 from zhibei.doctor.checkup import Checkup, check
 from zhibei.doctor.facts.gather import gather_facts
-from zhibei.doctor.watchdogs import watch_over
 from zhibei.store.files import write_json_atomic
 from zhibei.store.run_dir import RunDir
 from zhibei.train.beginning import run_dir_of
-from zhibei.train.record import Watch, ignore
+
+if TYPE_CHECKING:
+    from zhibei.train.record import Watch
 
 
 def train_guarded(
     resolved: ResolvedRun,
     *,
-    watch: Watch = ignore,
+    watch: Watch,
     resume: RunDir | None = None,
     on_rows: Callable[[int, str], None] | None = None,
 ) -> RunDir:
@@ -36,6 +37,7 @@ def train_guarded(
     for record in warnings_of(found):
         watch(record)
     # Torch is loaded only now: a run that is refused is refused within a second or two.
+    from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.offline import train
 
     keeping = keep_beside({"check": found.as_dict()}, resume or run_dir_of(resolved.run), watch)
