@@ -89,7 +89,7 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     from zhibei.doctor.guard import keep_beside
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.beginning import run_dir_of
-    from zhibei.train.offline import train
+    from zhibei.train.loops import train
 
     rehearsed = None
     if resumed is None and is_wanted(resolved):

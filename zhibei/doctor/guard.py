@@ -38,7 +38,7 @@ def train_guarded(
         watch(record)
     # Torch is loaded only now: a run that is refused is refused within a second or two.
     from zhibei.doctor.watchdogs import watch_over
-    from zhibei.train.offline import train
+    from zhibei.train.loops import train
 
     keeping = keep_beside({"check": found.as_dict()}, resume or run_dir_of(resolved.run), watch)
     return train(resolved, watch=watch_over(resolved.run, also=keeping, resumed=resume), resume=resume, on_rows=on_rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from zhibei.config.policy import PolicySection
 from zhibei.config.run import Source
 from zhibei.doctor.counts import noun_of, rows_of
 from zhibei.doctor.facts.facts import Facts
@@ -79,7 +80,8 @@ def fewer_rows_than_a_batch(facts: Facts) -> Iterable[Finding]:
         return
     rows, training, stage = rows_of(facts), facts.run.training, facts.run.stage
     trained = int(rows.audit.get("rows_train", 0)) if rows is not None else 0
-    if 0 < trained < training.global_batch:
+    # A policy may answer the same prompt again and again: its answers are new each time.
+    if not isinstance(training, PolicySection) and 0 < trained < training.global_batch:
         yield Finding(
             what=f"{trained} training {noun_of(facts)} are fewer than one optimiser step takes "
             f"({stage}.global_batch: {training.global_batch})",
