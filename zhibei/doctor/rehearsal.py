@@ -49,6 +49,7 @@ from zhibei.train.materials import Materials, gather
 PROBE_TEXT = "Name 3 colours: red, 绿色, naïve-blue 🙂."
 GIB = 2.0**30
 SMALL_FILES = 2**20
+REHEARSED_STAGE = "sft"
 MOST_OF_THE_CARD = 0.95
 IN_MEMORY: dict[str, Callable[[Scene], Seen]] = {
     "worst batch": find_worst,
@@ -110,8 +111,16 @@ class Rehearsal:
 def rehearse(resolved: ResolvedRun, *, on_step: Callable[[str, Step | None], None] = lambda *_: None) -> Rehearsal:
     """Try the run. `on_step` hears the name of each step when it begins, and again with its outcome.
 
-    A step that fails does not stop the others, unless they need it.
+    A step that fails does not stop the others, unless they need it. Raises UserError for stages whose steps it does
+    not know.
     """
+    if resolved.run.stage != REHEARSED_STAGE:
+        raise UserError(
+            f"a run of stage {resolved.run.stage} cannot be rehearsed by this version",
+            expected=f"stage: {REHEARSED_STAGE}",
+            fix="set rehearse: auto or never; `zhibei check` and `zhibei plan` know this stage",
+            where="stage",
+        )
     stage = _Stage(resolved, on_step)
     with _temporary_folder(resolved) as folder:
         if _first_half(stage, folder):

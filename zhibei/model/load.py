@@ -40,12 +40,24 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
     adapter targets that match nothing, and families this package cannot train exactly.
     """
     hf, name = load_base(section, lora, need)
+    refuse_scores(hf, section.path)
     if section.method == "lora":
         hf = add_adapters(hf, lora, seed=need.seed)
     model = LanguageModel(hf, attention_name=name, longest_row=need.longest_row, neftune_alpha=need.neftune_alpha)
     make_ready(model, need)
     check_head(model)
     return model
+
+
+def refuse_scores(hf: Any, path: str) -> None:
+    """Raises UserError where a language model is needed and a reward model lies."""
+    if is_score_config(hf.config.to_dict()):
+        raise UserError(
+            f"{path} is a reward model: it scores text and cannot write any",
+            expected="a language model",
+            fix="name the model that the reward model was made from, or one that was trained to answer",
+            where="model.path",
+        )
 
 
 def load_base(section: ModelSection, lora: LoraSection, need: Need) -> tuple[Any, str]:
@@ -98,6 +110,7 @@ def load_for_inference(
     found = locate(path, base=base)
     need = Need(device=place, precision=choose_precision(precision, place), packing=False, longest_row=0)
     hf = load_weights(found, ModelSection(path=path), need, attention_name="auto")
+    refuse_scores(hf, path)
     if found.adapter is not None:
         require_base(found.adapter, Path(found.weights))
         hf = with_adapter(hf, found.adapter)

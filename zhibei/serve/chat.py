@@ -19,6 +19,7 @@ from zhibei.generate.sampler import Answer, Piece, generate, stream
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import Located, locate
+from zhibei.model.score_model import holds_scores
 from zhibei.store.files import read_json
 from zhibei.store.manifest import read_manifest, recorded, require_manifest, template_entry
 from zhibei.store.run_dir import RunDir
@@ -156,7 +157,15 @@ def open_speaker(
     or base are no longer those that the run's manifest names.
     """
     found = locate(path, base=base)
-    tokenizer = load_tokenizer(_tokenizer_place(found))
+    if holds_scores(found):
+        raise UserError(
+            f"{path} is a reward model: it gives scores and cannot talk",
+            expected="a language model, such as a run of stage sft or dpo",
+            fix="score answers with it in Python: zhibei.serve.judge.open_judge(PATH).score(messages); or talk to the "
+            "model that it was made from",
+            where="chat",
+        )
+    tokenizer = load_tokenizer(tokenizer_place(found))
     if found.run is not None:
         _require_as_trained(found.run, tokenizer, asked=template)
     chosen, notes = choose_template(found, tokenizer, asked=template)
@@ -259,7 +268,7 @@ def _trained_from(found: Located) -> str:
     return read_run(str(found.run.resolved)).run.model.path
 
 
-def _tokenizer_place(found: Located) -> str:
+def tokenizer_place(found: Located) -> str:
     """The adapter's own tokenizer where it has one: it may hold tokens that were added in training."""
     if found.adapter is not None and any((found.adapter / name).is_file() for name in TOKENIZER_FILES):
         return str(found.adapter)

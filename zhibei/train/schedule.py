@@ -20,11 +20,12 @@ def warmup_steps_of(section: TrainingSection, num_steps: int) -> int:
 def require_peak(section: TrainingSection, num_steps: int) -> None:
     """The run must be longer than its warm-up, or it never trains at the rate that was asked for. Raises UserError."""
     if section.warmup_steps is not None and section.warmup_steps >= num_steps:
+        name = type(section).__name__.removesuffix("Section").lower()
         raise UserError(
             f"a warm-up of {section.warmup_steps} steps in a run of {num_steps}: the learning rate is never reached",
             expected="fewer warm-up steps than optimiser steps",
-            fix=f"set sft.warmup_steps: {num_steps // 10}, train longer, or lower sft.global_batch",
-            where="sft.warmup_steps",
+            fix=f"set {name}.warmup_steps: {num_steps // 10}, train longer, or lower {name}.global_batch",
+            where=f"{name}.warmup_steps",
             pitfall="warmup-never-ends",
         )
 
