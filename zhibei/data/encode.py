@@ -188,6 +188,22 @@ def encode_records(numbered: Sequence[tuple[int, int, Record]], wording: Wording
     return chunk
 
 
+def left_out_for(special: str, record: Record, *, wording: Wording, ledger: list[dict[str, Any]]) -> bool:
+    """Whether a record goes into the ledger because its text spells a special token ("": none). Raises UserError."""
+    if not special or wording.special_tokens_in_text == "keep":
+        return False
+    detail = f"the text spells the special token {special}, which the tokenizer would read as the real one"
+    if wording.special_tokens_in_text == "stop":
+        raise UserError(
+            detail,
+            expected="text without special tokens",
+            fix="remove it from the text, or set data.special_tokens_in_text to drop or keep",
+            where=str(record.origin),
+        )
+    ledger.append(ledger_entry(record.origin, action="dropped", reason="special_token", detail=detail))
+    return True
+
+
 def _to_row(number: int, source: int, record: Record, *, wording: Wording, ledger: list[dict[str, Any]]) -> _Row | None:
     try:
         rendered, messages = render_record(record, wording)
@@ -205,16 +221,7 @@ def _to_row(number: int, source: int, record: Record, *, wording: Wording, ledge
         return None
     texts = [record.text] if isinstance(record, PlainText) else [m.content + m.context for m in messages]
     special = next((found for text in texts if (found := wording.special_in(text))), "")
-    if special and wording.special_tokens_in_text != "keep":
-        detail = f"the text spells the special token {special}, which the tokenizer would read as the real one"
-        if wording.special_tokens_in_text == "stop":
-            raise UserError(
-                detail,
-                expected="text without special tokens",
-                fix="remove it from the text, or set data.special_tokens_in_text to drop or keep",
-                where=str(record.origin),
-            )
-        ledger.append(ledger_entry(record.origin, action="dropped", reason="special_token", detail=detail))
+    if left_out_for(special, record, wording=wording, ledger=ledger):
         return None
     if record.extra.get("unanswered"):
         detail = "the last user turns had no answer and were cut off"

@@ -12,7 +12,7 @@ import numpy as np
 
 from zhibei.config.errors import UserError
 from zhibei.data.answers import AnswerChunk, Numbered, chosen_rows, extra_bos, places_of
-from zhibei.data.encode import Chunk, Wording, join_chunks, ledger_entry, row_id, with_system
+from zhibei.data.encode import Chunk, Wording, join_chunks, ledger_entry, left_out_for, row_id, with_system
 from zhibei.data.records import Conversation, Judged, Preference, Prompt, Record
 from zhibei.data.remarks import asked_of, said_hash, suspicions
 from zhibei.text.messages import Message
@@ -64,18 +64,7 @@ def _prompt_text(record: Record, wording: Wording, ledger: list[dict[str, Any]])
         ledger.append(ledger_entry(record.origin, action="dropped", reason="template", detail=error.what))
         return None
     special = next((found for m in messages if (found := wording.special_in(m.content + m.context))), "")
-    if not special or wording.special_tokens_in_text == "keep":
-        return rendered.text
-    detail = f"the text spells the special token {special}, which the tokenizer would read as the real one"
-    if wording.special_tokens_in_text == "stop":
-        raise UserError(
-            detail,
-            expected="text without special tokens",
-            fix="remove it from the text, or set data.special_tokens_in_text to drop or keep",
-            where=str(record.origin),
-        )
-    ledger.append(ledger_entry(record.origin, action="dropped", reason="special_token", detail=detail))
-    return None
+    return None if left_out_for(special, record, wording=wording, ledger=ledger) else rendered.text
 
 
 def _asked_messages(record: Record) -> tuple[Message, ...]:

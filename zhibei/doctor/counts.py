@@ -1,4 +1,4 @@
-"""Counts of rows in words, and the rows of a run whatever its stage. Knows no check."""
+"""Counts of rows in words, findings about rows, and the rows of a run whatever its stage. Knows no check."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.facts.rows import PairFacts, RowFacts, Seen
+from zhibei.doctor.pitfall import Finding, Level
+
+MOSTLY = 0.5
 
 
 def rows_of(facts: Facts) -> RowFacts | PairFacts | None:
@@ -38,3 +41,15 @@ def kept(audit: Mapping[str, Any]) -> int:
 def first_place(seen: Seen, otherwise: str) -> str:
     """Where it was met first."""
     return seen.places[0] if seen.places else otherwise
+
+
+def found_in_rows(
+    seen: Seen, *, what: str, to_do: str, place: str = "data.sources", level: Level = "warning"
+) -> Finding:
+    """A finding about rows, at the first of them (or at `place` where none is known), with the others as evidence."""
+    return Finding(what=what, where=first_place(seen, place), to_do=to_do, level=level, evidence=seen.places)
+
+
+def level_of_share(part: int, whole: int) -> Level:
+    """A fault of every second row stops the run; of fewer it is a warning."""
+    return "stop" if share(part, whole) >= MOSTLY else "warning"

@@ -245,13 +245,16 @@ def evaluation(scene: Scene) -> Seen:
     if math.isfinite(loss):
         return Seen(detail, figures={"loss": loss})
     names = [materials.rows.heldout.row_ids[number] for number in batch.row_numbers]
-    finding = Finding(
-        what=f"the held-out loss of the longest rows is {loss}",
-        where=names[0],
+    return Seen(detail, [("", _not_finite(f"the held-out loss of the longest rows is {loss}", names))])
+
+
+def _not_finite(what: str, row_ids: Sequence[str]) -> Finding:
+    return Finding(
+        what=what,
+        where=row_ids[0],
         to_do="set model.precision: bf16 or fp32; look at the rows with zhibei data show",
-        evidence=tuple(names[:8]),
+        evidence=tuple(row_ids[:8]),
     )
-    return Seen(detail, [("", finding)])
 
 
 def scene_worst(scene: Scene) -> Worst:
@@ -285,12 +288,7 @@ def _step(scene: Scene, batches: list[Batch], *, rate: float) -> tuple[StepRecor
                 return record, []
     except NonFiniteStep as problem:
         rows = [materials.rows.train.row_ids[number] for number in problem.row_numbers]
-        finding = Finding(
-            what=f"{problem.what} on the worst batch",
-            where=rows[0],
-            to_do="set model.precision: bf16 or fp32; look at the rows with zhibei data show",
-            evidence=tuple(rows[:8]),
-        )
+        finding = _not_finite(f"{problem.what} on the worst batch", rows)
         return None, [("fp16-on-bf16-pretrained-nan" if materials.precision == "fp16" else "", finding)]
     finding = Finding(
         what=f"all of {MOST_SKIPS} steps were skipped: gradients overflow at every loss scale",

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,14 +140,7 @@ def _gpu_of_torch(one: Mapping[str, Any], *, is_amd: bool) -> Gpu:
     if card is None:
         return gpu
     known = gpu_of(card)
-    return Gpu(
-        name=gpu.name,
-        memory_gib=gpu.memory_gib,
-        capability=gpu.capability,
-        vendor=gpu.vendor,
-        bandwidth_gb_per_s=known.bandwidth_gb_per_s,
-        half_tflops=known.half_tflops,
-    )
+    return replace(gpu, bandwidth_gb_per_s=known.bandwidth_gb_per_s, half_tflops=known.half_tflops)
 
 
 def read_link() -> Literal["nvlink", "pcie"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from zhibei.data.remedies import remedy_of
-from zhibei.doctor.counts import counted, first_place, kept, noun_of, rows_of, share
+from zhibei.doctor.counts import counted, first_place, found_in_rows, kept, noun_of, rows_of, share
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
@@ -147,13 +147,12 @@ def dataset_whole_dialogue_in_instruction(facts: Facts) -> Iterable[Finding]:
         return
     total = max(kept(rows.audit), int(rows.audit.get("rows_read", 0)))
     if marked.count >= LEAST_HITS and share(marked.count, total) >= MARKERS_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            marked,
             what=f"{counted(marked.count, total, noun_of(facts))} hold speakers' names or special tokens inside of one "
             "turn",
-            where=first_place(marked, "data.sources"),
             to_do="split the text into turns (`zhibei data formats`), or name the right fields with columns",
             level="stop" if share(marked.count, total) >= MARKERS_STOP else "warning",
-            evidence=marked.places,
         )
 
 
@@ -237,12 +236,11 @@ def train_val_leakage_duplicates(facts: Facts) -> Iterable[Finding]:
         )
     least = ASKED_LEAST if share(asked.count, held) < ASKED_OF_ALL else ASKED_LEAST // 2
     if asked.count >= least and share(asked.count, held) >= ASKED_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            asked,
             what=f"{counted(asked.count, held, 'held-out ' + noun_of(facts))} ask what is also asked in training",
-            where=first_place(asked, where),
             to_do="hold out whole questions: give a validation file whose questions are not trained on",
-            level="warning",
-            evidence=asked.places,
+            place=where,
         )
 
 
@@ -266,10 +264,9 @@ def rows_repeated(facts: Facts) -> Iterable[Finding]:
         return
     total = kept(rows.audit)
     if rows.duplicates.count >= REPEATED_LEAST and share(rows.duplicates.count, total) >= REPEATED_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            rows.duplicates,
             what=f"{counted(rows.duplicates.count, total, noun_of(facts))} say what an earlier one says",
-            where=first_place(rows.duplicates, "data.sources"),
             to_do="remove the repetitions, or say with a source's `weight` that they are meant",
             level="stop" if share(rows.duplicates.count, total) >= REPEATED_STOP else "warning",
-            evidence=rows.duplicates.places,
         )

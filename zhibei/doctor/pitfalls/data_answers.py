@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zhibei.doctor.counts import counted, first_place, kept, noun_of, rows_of, share
+from zhibei.doctor.counts import counted, found_in_rows, kept, noun_of, rows_of, share
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.facts.rows import Seen
 from zhibei.doctor.pitfall import Finding, pitfall
@@ -50,12 +50,10 @@ def answers_all_the_same(facts: Facts) -> Iterable[Finding]:
         return
     same, total = rows.same_answer, int(rows.audit.get("rows_train", 0))
     if same.count >= SAME_ANSWER_LEAST and share(same.count, total) >= SAME_ANSWER_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            same,
             what=f"{counted(same.count, total, 'training rows')} have one and the same answer",
-            where=first_place(same, "data.sources"),
             to_do="name the field that holds the answers with columns: {output: ...}",
-            level="warning",
-            evidence=same.places,
         )
 
 
@@ -75,12 +73,10 @@ def answers_repeat_the_question(facts: Facts) -> Iterable[Finding]:
     """
     echo = _met(facts, "answer_repeats_question", ECHO_SHARE)
     if echo is not None:
-        yield Finding(
+        yield found_in_rows(
+            echo,
             what=f"in {_some(facts, echo)} the answer is the question, word for word",
-            where=first_place(echo, "data.sources"),
             to_do="name the field that holds the answers with columns: {output: ...}",
-            level="warning",
-            evidence=echo.places,
         )
 
 
@@ -106,12 +102,10 @@ def answers_speak_as_another_model(facts: Facts) -> Iterable[Finding]:
     ):
         seen = _met(facts, rule, least)
         if seen is not None:
-            yield Finding(
+            yield found_in_rows(
+                seen,
                 what=f"in {_some(facts, seen)} {says}",
-                where=first_place(seen, "data.sources"),
                 to_do="look at them with `zhibei data inspect FILE`, and remove what your model should not say",
-                level="warning",
-                evidence=seen.places,
             )
 
 
@@ -132,10 +126,8 @@ def answers_cut_off(facts: Facts) -> Iterable[Finding]:
     """
     seen = _met(facts, "cut_off_answer", CUT_OFF_SHARE)
     if seen is not None:
-        yield Finding(
+        yield found_in_rows(
+            seen,
             what=f"in {_some(facts, seen)} a long answer stops in the middle",
-            where=first_place(seen, "data.sources"),
             to_do="make those answers again with a higher limit, or remove them",
-            level="warning",
-            evidence=seen.places,
         )

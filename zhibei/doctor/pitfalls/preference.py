@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zhibei.doctor.counts import counted, first_place, share
+from zhibei.doctor.counts import counted, found_in_rows, level_of_share, share
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.facts.rows import PairFacts
 from zhibei.doctor.pitfall import Finding, pitfall
 
-EQUAL_SHARE, SPACING_SHARE, MOSTLY = 0.01, 0.01, 0.5
+EQUAL_SHARE, SPACING_SHARE = 0.01, 0.01
 ONE_SIDED_SHARE, ENOUGH_JUDGED = 0.01, 100
 
 
@@ -45,11 +45,11 @@ def dpo_bos_in_completion(facts: Facts) -> Iterable[Finding]:
     """
     pairs = facts.pairs
     if pairs is not None and pairs.extra_bos.count:
-        yield Finding(
+        yield found_in_rows(
+            pairs.extra_bos,
             what=f"{pairs.extra_bos.count:,} rows hold a BOS token inside of the answer or two at the beginning",
-            where=first_place(pairs.extra_bos, "data.sources"),
             to_do="remove the BOS from the text, or choose a template that writes it once (`zhibei data templates`)",
-            evidence=pairs.extra_bos.places,
+            level="stop",
         )
 
 
@@ -79,20 +79,18 @@ def dpo_data_identical_pairs(facts: Facts) -> Iterable[Finding]:
         return
     read = int(pairs.audit.get("rows_read", 0)) or pairs.num_pairs
     if pairs.identical.count and share(pairs.identical.count, read) >= EQUAL_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            pairs.identical,
             what=f"{counted(pairs.identical.count, read, 'pairs')} have two equal answers and are left out",
-            where=first_place(pairs.identical, "data.sources"),
             to_do="find out how the pairs were made: such a share is a fault of their making",
-            level="stop" if share(pairs.identical.count, read) >= MOSTLY else "warning",
-            evidence=pairs.identical.places,
+            level=level_of_share(pairs.identical.count, read),
         )
     if pairs.whitespace_only.count and share(pairs.whitespace_only.count, pairs.num_pairs) >= SPACING_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            pairs.whitespace_only,
             what=f"{counted(pairs.whitespace_only.count, pairs.num_pairs, 'pairs')} differ in spacing only",
-            where=first_place(pairs.whitespace_only, "data.sources"),
             to_do="remove them, unless spacing is what is to be learned",
-            level="stop" if share(pairs.whitespace_only.count, pairs.num_pairs) >= MOSTLY else "warning",
-            evidence=pairs.whitespace_only.places,
+            level=level_of_share(pairs.whitespace_only.count, pairs.num_pairs),
         )
 
 
@@ -122,11 +120,11 @@ def dpo_double_eos(facts: Facts) -> Iterable[Finding]:
     """
     pairs = facts.pairs
     if pairs is not None and pairs.extra_terminator.count:
-        yield Finding(
+        yield found_in_rows(
+            pairs.extra_terminator,
             what=f"{pairs.extra_terminator.count:,} answers end with their terminator twice",
-            where=first_place(pairs.extra_terminator, "data.sources"),
             to_do="remove the terminator from the text of the answers",
-            evidence=pairs.extra_terminator.places,
+            level="stop",
         )
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from zhibei.doctor.counts import counted, first_place, noun_of, share
+from zhibei.doctor.counts import counted, found_in_rows, level_of_share, noun_of, share
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
 CUT_SHARE, WINDOW_SHARE = 0.01, 0.01
 CONTRADICTION_SHARE, CONTRADICTION_LEAST = 0.02, 2
-MOSTLY = 0.5
 
 
 @pitfall(
@@ -38,13 +37,13 @@ def pref_pair_identical_after_truncation(facts: Facts) -> Iterable[Finding]:
         return
     total = pairs.num_pairs + pairs.identical_after_cut.count
     if share(pairs.identical_after_cut.count, total) >= CUT_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            pairs.identical_after_cut,
             what=f"{counted(pairs.identical_after_cut.count, total, 'pairs')} are equal within data.max_tokens: "
             f"{facts.run.data.max_tokens} and teach nothing",
-            where=first_place(pairs.identical_after_cut, facts.origin("data.max_tokens")),
             to_do="raise data.max_tokens",
-            level="stop" if share(pairs.identical_after_cut.count, total) >= MOSTLY else "warning",
-            evidence=pairs.identical_after_cut.places,
+            place=facts.origin("data.max_tokens"),
+            level=level_of_share(pairs.identical_after_cut.count, total),
         )
 
 
@@ -73,13 +72,13 @@ def simpo_max_prompt_ge_max_length(facts: Facts) -> Iterable[Finding]:
         return
     total = pairs.num_pairs + pairs.prompt_fills_window.count
     if share(pairs.prompt_fills_window.count, total) >= WINDOW_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            pairs.prompt_fills_window,
             what=f"in {counted(pairs.prompt_fills_window.count, total, noun_of(facts))} the prompt leaves no room for "
             f"an answer (data.max_tokens: {facts.run.data.max_tokens})",
-            where=first_place(pairs.prompt_fills_window, facts.origin("data.max_tokens")),
             to_do="raise data.max_tokens, or shorten the prompts",
-            level="stop" if share(pairs.prompt_fills_window.count, total) >= MOSTLY else "warning",
-            evidence=pairs.prompt_fills_window.places,
+            place=facts.origin("data.max_tokens"),
+            level=level_of_share(pairs.prompt_fills_window.count, total),
         )
 
 
@@ -103,12 +102,10 @@ def pairs_contradict(facts: Facts) -> Iterable[Finding]:
         return
     seen = pairs.contradictions
     if seen.count >= CONTRADICTION_LEAST and share(seen.count, pairs.num_pairs) >= CONTRADICTION_SHARE:
-        yield Finding(
+        yield found_in_rows(
+            seen,
             what=f"{counted(seen.count, pairs.num_pairs, noun_of(facts))} say the opposite of an earlier one",
-            where=first_place(seen, "data.sources"),
             to_do="keep one record per pair of answers, the one that most people gave",
-            level="warning",
-            evidence=seen.places,
         )
 
 
@@ -137,12 +134,11 @@ def pairs_look_exchanged(facts: Facts) -> Iterable[Finding]:
     if negative.count:
         given = int(pairs.audit.get("margins_given", pairs.num_pairs)) or pairs.num_pairs
         some = counted(negative.count, given, "margins")
-        yield Finding(
+        yield found_in_rows(
+            negative,
             what=f"{some} are negative: by them the rejected answer is the better one",
-            where=first_place(negative, "data.sources"),
             to_do="exchange chosen and rejected there, or leave the records out",
-            level="stop" if share(negative.count, given) >= MOSTLY else "warning",
-            evidence=negative.places,
+            level=level_of_share(negative.count, given),
         )
     if pairs.looks_swapped:
         yield Finding(
