@@ -161,14 +161,6 @@ PAIR_VARIANTS = [
         remedy="columns|rejected",
     ),
     Scenario(
-        "v_r_train_dpo_refused",
-        "A stage that this version checks and plans, and does not run.",
-        trained(pairs("dpo")),
-        value="dpo",
-        where=r"run\.yaml:\d+|stage",
-        remedy="to do:.*",
-    ),
-    Scenario(
         "v_r_lr_huge",
         "A learning rate of 0.3 for DPO.",
         lambda place: [pairs("dpo")(place), place.set("dpo.learning_rate", 0.3)],

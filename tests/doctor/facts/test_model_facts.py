@@ -215,7 +215,7 @@ def test_adapters_sound_untrained_empty_and_broken(tmp_path: Path) -> None:
     assert adapter(tmp_path / "empty", {}).tensors == {}
     assert "no adapter_model.safetensors" in adapter(tmp_path / "none", None).fault
     assert (
-        "not finite"
+        "NaN or infinity"
         in adapter(tmp_path / "nan", {**trained, f"{names[0]}_A.weight": torch.full((2, 2), torch.nan)}).fault
     )
     shards_0 = {name: torch.ones(0) for name in trained}
