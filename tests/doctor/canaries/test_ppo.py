@@ -43,7 +43,6 @@ CANARIES: Canaries = {
     "dropout-on-in-policy-logprobs": (
         [
             ppo("lora.dropout=0.05"),
-            healthy("stage=dpo", "model.method=qlora", "lora.dropout=0.1", rows=None),
             ppo("lora.adapter=/models/adapter", adapter=adapter(0.05)),
             broken(ppo(), "model.config", {**CONFIG, "attention_dropout": 0.1}),
             broken(ppo(), "model.config", {**CONFIG, "model_type": "gpt2", "resid_pdrop": 0.1, "embd_pdrop": 0.1}),
@@ -53,7 +52,6 @@ CANARIES: Canaries = {
             ppo(),
             ppo("lora.adapter=/models/adapter", adapter=adapter(0.0)),
             healthy("model.method=lora", "lora.dropout=0.05"),  # supervised training may use dropout
-            healthy("stage=reward", "model.method=lora", "lora.dropout=0.05", rows=None),
             broken(ppo(), "model.config", {**CONFIG, "attention_dropout": 0.0, "classifier_dropout": 0.1}),
         ],
     ),
