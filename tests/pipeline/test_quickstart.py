@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import tiny_model_folder
 from zhibei.cli.app import run_command
 from zhibei.config.errors import UserError
 from zhibei.pipeline.outcome import Outcome
 from zhibei.pipeline.place import Order, find_place, take_place
 from zhibei.pipeline.quickstart import run_world
+from zhibei.pipeline.stage import train_stage, write_run_file
 
 ORDER = Order(seed=0, size="tiny")
 
@@ -131,4 +133,21 @@ def test_another_order_does_not_go_on_in_a_foreign_folder(tmp_path: Path):
 def test_options_that_do_not_fit_are_refused(arguments, message, tmp_path, capsys):
     assert run_command(["quickstart", "--runs", str(tmp_path / "runs"), *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_is_checked_before_it_is_trained(tmp_path: Path):
+    rows = [{"instruction": f"Say {n}.", "output": f"The number is {n}."} for n in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = {
+        "name": "hot",
+        "runs": str(tmp_path / "runs"),
+        "device": "cpu",
+        "model": {"path": str(tiny_model_folder(tmp_path)), "compile": False},
+        "data": {"sources": [str(tmp_path / "rows.json")], "template": "alpaca"},
+        "sft": {"max_steps": 2, "global_batch": 8, "learning_rate": 0.5},
+    }
+    run_file = write_run_file(tmp_path / "hot.yaml", settings, about="Far too hot.")
+    with pytest.raises(UserError, match="learning_rate"):
+        train_stage(run_file, watch=[].append)
     assert not (tmp_path / "runs").exists()
