@@ -14,7 +14,7 @@ from zhibei.losses.preference import (
     orpo_odds_loss_sum,
     simpo_loss_sum,
 )
-from zhibei.losses.reward import pair_loss_sum, tie_loss_sum
+from zhibei.losses.reward import centring_sum, pair_loss_sum, tie_loss_sum
 
 RANDOM = np.random.default_rng(0)
 CHOSEN, REJECTED = RANDOM.normal(size=12), RANDOM.normal(size=12)
@@ -135,3 +135,8 @@ def test_a_tie_is_least_where_scores_are_equal() -> None:
     expected = (softplus(CHOSEN - REJECTED) + softplus(REJECTED - CHOSEN)).sum() / 2
     assert tie_loss_sum(tensor(CHOSEN), tensor(REJECTED)).item() == pytest.approx(expected, rel=1e-6)
     assert tie_loss_sum(torch.zeros(1), torch.zeros(1)).item() == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_centring_is_the_square_of_the_sum() -> None:
+    chosen_P, rejected_P = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0])
+    assert float(centring_sum(chosen_P, rejected_P)) == pytest.approx(1.5**2 + 0.0)

@@ -177,6 +177,12 @@ class ProgressLine:
         parts = [("before training, " if is_base else "") + f"held-out loss {as_figure(record.get('loss'), '.4f')}"]
         if is_number(record.get("perplexity")):
             parts.append(f"perplexity {record['perplexity']:,.2f}")
+        if is_number(record.get("accuracy")):
+            low, high = record.get("accuracy_low"), record.get("accuracy_high")
+            within = f" ({low:.3f} to {high:.3f})" if is_number(low) and is_number(high) else ""
+            parts.append(f"accuracy {record['accuracy']:.3f}{within}")
+        if is_number(record.get("margin")):
+            parts.append(f"margin {record['margin']:.3f}")
         if record.get("is_best") and not is_base:
             parts.append("best so far")
         self._last_line(record, ", ".join(parts), style="bold green" if record.get("is_best") else "bold")
@@ -217,6 +223,7 @@ class ProgressLine:
             parts.append((4, f"epoch {record['epoch']:.2f}"))
         smoothed = self._loss_sum / self._loss_weight if self._loss_weight else None
         parts.append((1, f"loss {as_figure(smoothed, '.4f')}"))
+        parts += [(2, f"{name} {record[name]:.3f}") for name in ("accuracy", "margin") if is_number(record.get(name))]
         parts.append((5, f"(this step {as_figure(record.get('loss'), '.4f')})"))
         if is_number(record.get("tokens_per_s")):
             parts.append((3, f"{record['tokens_per_s']:,.0f} tokens/s"))

@@ -111,9 +111,14 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
         _report(run_dir)
     if as_json:
         return None
+    use = (
+        f"  score with:  zhibei.serve.judge.open_judge('{run_dir.path}').score(messages), in Python\n"
+        if resolved.run.stage == "reward"
+        else f"  talk to it:  zhibei chat {run_dir.path}\n"
+    )
     console.stdout.print(
         f"\n{run_dir.model} is trained and proved.\n"
-        f"  talk to it:  zhibei chat {run_dir.path}\n"
+        f"{use}"
         f"  look at it:  {run_dir.report}\n"
         f"  check it:    zhibei verify {run_dir.path}"
     )

@@ -176,15 +176,10 @@ def require_trainable(audit: dict[str, Any], ledger: Sequence[dict[str, Any]]) -
 
 def format_audit(audit: dict[str, Any]) -> str:
     """The audit as lines of text, for a terminal or a log, before training starts."""
+    lines = _counted(audit)
+    if "sides" in audit:
+        return "\n".join([*lines, *_of_sides(audit), *(f"note        {notice}" for notice in audit["notices"])])
     lengths = audit["lengths"]
-    lines = [
-        f"rows        {audit['rows_read']:,} read, {audit['rows_kept']:,} kept "
-        f"({audit['rows_train']:,} to train on, {audit['rows_heldout']:,} held out)",
-    ]
-    for action in ("dropped", "changed"):
-        if audit[action]:
-            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in audit[action].items())
-            lines.append(f"{action:<12}{reasons} (see the ledger)")
     bos = audit["bos_per_row"]
     lines += [
         f"tokens      {audit['tokens']:,}, of which {audit['supervised_share']:.1%} are learned",
@@ -209,6 +204,33 @@ def format_audit(audit: dict[str, Any]) -> str:
         ]
     lines += [f"note        {notice}" for notice in audit["notices"]]
     return "\n".join(lines)
+
+
+def _counted(audit: dict[str, Any]) -> list[str]:
+    """What was read, kept, dropped and changed."""
+    lines = [
+        f"{audit.get('kind', 'rows'):<12}{audit['rows_read']:,} read, {audit['rows_kept']:,} kept "
+        f"({audit['rows_train']:,} to train on, {audit['rows_heldout']:,} held out)",
+    ]
+    for action in ("dropped", "changed"):
+        if audit[action]:
+            reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in audit[action].items())
+            lines.append(f"{action:<12}{reasons} (see the ledger)")
+    return lines
+
+
+def _of_sides(audit: dict[str, Any]) -> list[str]:
+    """Pairs, judged answers and prompts: each side's tokens, and how the sides compare."""
+    lines = [
+        f"{name:<12}{side['tokens']:,} tokens, {side['mean_answer_tokens']:.0f} per answer on average; "
+        f"{side['terminated']:,} answers keep their terminator {audit['terminator']!r}"
+        for name, side in audit["sides"].items()
+    ]
+    if "rejected_longer_share" in audit:
+        lines.append(f"length      the rejected answer is the longer one in {audit['rejected_longer_share']:.1%}")
+    if "good" in audit:
+        lines.append(f"labels      {audit['good']:,} good, {audit['bad']:,} bad")
+    return lines
 
 
 def _bars(histogram: Sequence[dict[str, int]]) -> list[str]:

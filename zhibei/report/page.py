@@ -9,6 +9,7 @@ from zhibei.report.audit import audit
 from zhibei.report.beforehand import BEFOREHAND_SECTIONS
 from zhibei.report.html import Section, both, page
 from zhibei.report.inputs import RunInputs, read_inputs
+from zhibei.report.judged import has_judgements, judged
 from zhibei.report.provenance import PROVENANCE_SECTIONS
 from zhibei.report.rows import dropped_rows
 from zhibei.report.training import TRAINING_SECTIONS, written_at
@@ -17,6 +18,7 @@ from zhibei.store.run_dir import RunDir
 
 SECTIONS: dict[str, Callable[[RunInputs], Section]] = {
     **TRAINING_SECTIONS,
+    "judged": judged,
     **BEFOREHAND_SECTIONS,
     "audit": audit,
     "dropped_rows": dropped_rows,
@@ -41,13 +43,24 @@ TRAINING_PAGE = (
 )
 
 
-def write_report(run_dir: RunDir, *, sections: Sequence[str] = TRAINING_PAGE) -> Path:
+def sections_of(inputs: RunInputs) -> Sequence[str]:
+    """The sections of a training page; runs that compare answers have one more, and reward models write no samples."""
+    if not has_judgements(inputs):
+        return TRAINING_PAGE
+    names = [name for name in TRAINING_PAGE if name != "samples" or inputs.samples]
+    names.insert(names.index("curves") + 1, "judged")
+    return names
+
+
+def write_report(run_dir: RunDir, *, sections: Sequence[str] | None = None) -> Path:
     """Make `report.html` of a run from the files in its folder, and return its path.
 
     One self-contained file that reads from file://, without JavaScript and on paper. A missing or damaged input never
-    stops it: the section says what is missing. `sections`: names from SECTIONS, in their order on the page.
+    stops it: the section says what is missing. `sections`: names from SECTIONS, in their order on the page; by default
+    those that this run has something for.
     """
     inputs = read_inputs(run_dir)
+    sections = sections_of(inputs) if sections is None else sections
     when = max(map(written_at, [*inputs.train[-1:], *inputs.heldout[-1:], *inputs.events[-1:]]), default="")
     subtitle = both("training report", "训练报告")
     if when:

@@ -13,6 +13,8 @@ from zhibei.report.inputs import RunInputs, SamplePanel, finite, seconds_since_e
 
 MOST_PANELS = 12
 MOST_EVENTS = 200
+# stage -> what its loss is a mean of
+UNITS = {"reward": ("nats per pair", "nats / 对"), "dpo": ("loss per pair or answer", "每对（或每个回答）的损失")}
 # event -> (class of the verdict, English, Chinese)
 ENDS = {
     "finished": ("good", "Finished", "已完成"),
@@ -24,7 +26,7 @@ ENDS = {
 def key_figures(inputs: RunInputs) -> dict[str, Any]:
     """The numbers of a run that a person asks for first; None where unknown. Plain JSON values.
 
-    Losses are mean nats per supervised token. `base_heldout_loss` is the held-out loss at step 0.
+    Losses are mean nats per supervised token (or pair). `base_heldout_loss` is the held-out loss at step 0.
     """
     train, heldout = inputs.train, [record for record in inputs.heldout if finite(record.get("loss")) is not None]
     best = min(heldout, key=lambda record: record["loss"]) if heldout else None
@@ -50,7 +52,8 @@ def key_figures(inputs: RunInputs) -> dict[str, Any]:
         "epochs": finite(train[-1].get("epoch")) if train else None,
         "train_loss": smoothed_end(train),
         "heldout_loss": last["loss"] if last else None,
-        "perplexity": math.exp(min(last["loss"], 700)) if last else None,
+        "perplexity": math.exp(min(last["loss"], 700)) if last and "accuracy" not in last else None,
+        "accuracy": finite(last.get("accuracy")) if last else None,
         "best_heldout_loss": best["loss"] if best else None,
         "best_step": best["step"] if best else None,
         "base_heldout_loss": base["loss"] if base else None,
@@ -131,8 +134,10 @@ def key_figure_tiles(inputs: RunInputs) -> Section:
     figures = key_figures(inputs)
     tiles = []
     if figures["heldout_loss"] is not None:
-        small = f"perplexity {figures['perplexity']:,.2f}", f"困惑度 {figures['perplexity']:,.2f}"
-        tiles.append(tile("held-out loss", "留出集损失", f"{figures['heldout_loss']:.4f}", small=both(*small)))
+        named = ("perplexity", "困惑度") if figures["perplexity"] is not None else ("accuracy", "准确率")
+        second = figures[named[0]]
+        small = both(*(f"{name} {second:,.2f}" for name in named)) if second is not None else None
+        tiles.append(tile("held-out loss", "留出集损失", f"{figures['heldout_loss']:.4f}", small=small))
         small = f"at step {figures['best_step']:,}", f"第 {figures['best_step']:,} 步"
         tiles.append(
             tile("best held-out loss", "最佳留出集损失", f"{figures['best_heldout_loss']:.4f}", small=both(*small))
@@ -244,9 +249,8 @@ def loss_chart(inputs: RunInputs, marks: list[tuple[int, str, str]]) -> Chart:
     series.append(Series("held-out loss", "留出集损失", "heldout", steps, losses, has_points=len(steps) <= 200))
     figures = key_figures(inputs)
     best = (figures["best_step"], figures["best_heldout_loss"]) if figures["best_step"] is not None else None
-    return Chart(
-        "Loss", "损失", "nats per supervised token", "nats / 监督词元", series, marks, best, has_log_switch=True
-    )  # fmt: skip
+    units = UNITS.get(str(inputs.manifest.get("stage")), ("nats per supervised token", "nats / 监督词元"))
+    return Chart("Loss", "损失", *units, series, marks, best, has_log_switch=True)
 
 
 def samples(inputs: RunInputs) -> Section:

@@ -157,8 +157,11 @@ def dpo_keep_end_truncation_empty() -> None:
 @pitfall(
     "preference",
     cost="run",
-    kind="explained",
-    because="stage dpo has no training loop in this version; its run file and pairs are checked and planned",
+    kind="gate",
+    proof=[
+        "tests/train/test_pairs.py::test_a_reference_that_moves_with_the_policy_stops_the_run",
+        "tests/train/test_pairs.py::test_at_step_0_the_margin_is_0_and_afterwards_it_is_not",
+    ],
     errors=[r"rewards/(?:margins|chosen|rejected).{0,40}(?:exactly|all|always) (?:0|zero)\b"],
     sources=["https://github.com/stanleylsx/llms_tool/issues/46", "https://github.com/huggingface/trl/issues/701"],
 )
@@ -168,14 +171,15 @@ def dpo_ref_deepcopy_shares_peft() -> None:
     Why: A copy of a PEFT model can share its adapter with the original, and a reference whose adapter was not switched
     off moves with the policy. Nothing fails; nothing is learned.
 
-    Fix: Load the reference apart, or compute it with adapters off; after one step its log-probabilities must differ
-    from the policy's.
+    Fix: Compute the reference before training or with adapters off; once the policy has moved, their log-probabilities
+    must differ. A run of stage dpo tries that before its first step.
 
     参考模型就是策略本身，奖励恒为 0，损失恒为 0.6931。
 
     为何：复制 PEFT 模型可能与原模型共用适配器；没有关掉适配器的参考会随策略一起变。没有报错，也什么都没学到。
 
-    办法：单独加载参考模型，或关闭适配器来计算；走一步之后两者的对数概率必须不同。
+    办法：训练前先算好参考值，或关闭适配器来计算；策略一旦移动，两者的对数概率必须不同。
+    stage: dpo 在第一步之前会这样验证。
     """
 
 
