@@ -287,3 +287,16 @@ def collate_padded(rows: PreparedRows, numbers: Sequence[int] | np.ndarray, plan
         num_units=int((targets_BT != NOT_LEARNED).sum()),
         num_learned=int((targets_BT != NOT_LEARNED).sum()),
     )
+
+
+def padded_passes(
+    texts: Sequence[Sequence[int]], *, pad_token: int, tokens_at_once: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """(numbers of the texts, their batch) for token ids of which nothing is learned, texts of like length together."""
+    lengths = np.array([len(tokens) for tokens in texts], dtype=np.int64)
+    borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.concatenate([np.asarray(text, dtype=np.int32) for text in texts])
+    rows = PreparedRows(tokens, np.zeros(len(tokens), dtype=bool), borders, [""] * len(texts))
+    plan = BatchPlan(len(texts), tokens_at_once, packing=False, shuffle=False, pad_token=pad_token)
+    for group in split_padded(lengths, max(tokens_at_once, int(lengths.max()))):
+        yield group, collate_padded(rows, group, plan)

@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
-from zhibei.data.batches import BatchPlan, collate_padded, split_padded
+from zhibei.data.batches import padded_passes
 from zhibei.data.encode import with_system
-from zhibei.data.prepared import PreparedRows
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
 from zhibei.model.score_model import load_score_model_for_inference, row_scores
@@ -51,17 +49,11 @@ class Judge:
         encoded = [self._encode(_as_messages(messages)) for messages in conversations]
         if not encoded:
             return []
-        lengths = np.array([len(tokens) for tokens in encoded], dtype=np.int64)
-        borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = np.concatenate(encoded).astype(np.int32)
-        rows = PreparedRows(tokens, np.ones(len(tokens), dtype=bool), borders, [""] * len(encoded))
-        budget = max(TOKENS_AT_ONCE, int(lengths.max()))
-        plan = BatchPlan(len(encoded), budget, packing=False, shuffle=False, pad_token=self.tokenizer.pad_id)
         found = torch.zeros(len(encoded))
+        passes = padded_passes(encoded, pad_token=self.tokenizer.pad_id, tokens_at_once=TOKENS_AT_ONCE)
         with torch.no_grad(), self.model.sampling():
-            for group in split_padded(lengths, budget):
-                batch = collate_padded(rows, group, plan)
-                found[group] = row_scores(self.model, batch.to(self.model.device), len(group)).cpu()
+            for numbers, batch in passes:
+                found[numbers] = row_scores(self.model, batch.to(self.model.device), len(numbers)).cpu()
         return found.tolist()
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
