@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,3 +60,17 @@ def test_behind_a_proxy_only_trying_tells(closed: str, monkeypatch: pytest.Monke
 def test_offline_by_wish_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert silence() == "HF_HUB_OFFLINE is set"
+
+
+def test_importing_libraries_fetches_no_kernels(tmp_path: Path) -> None:
+    """A package `kernels` that is installed and would fetch code: bitsandbytes must not find it."""
+    pytest.importorskip("peft")
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels were asked for')\n")
+    script = (
+        "from zhibei.model.lora import import_peft\nimport_peft()\nimport sys\n"
+        "assert 'kernels' not in sys.modules\nimport importlib.util\nassert importlib.util.find_spec('kernels')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "gemm_4bit" not in done.stderr

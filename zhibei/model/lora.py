@@ -11,9 +11,17 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import LoraSection
+from zhibei.text.hub import no_fetched_kernels
 
 HEADS: dict[str, list[str]] = {"CAUSAL_LM": [], "SEQ_CLS": ["score"]}
 """What PEFT's tasks train in full beside the adapters."""
+
+
+def import_peft() -> Any:
+    """PEFT, which imports bitsandbytes where that is installed."""
+    with no_fetched_kernels():
+        import peft
+    return peft
 
 
 def add_adapters(hf: Any, section: LoraSection, *, seed: int, task: str = "CAUSAL_LM") -> Any:
@@ -23,7 +31,7 @@ def add_adapters(hf: Any, section: LoraSection, *, seed: int, task: str = "CAUSA
 
     Raises UserError for a target that matches no layer: PEFT would train the others and record the name as a target.
     """
-    import peft
+    peft = import_peft()
 
     if section.adapter is not None:
         return _continue_from(hf, Path(section.adapter))
@@ -69,7 +77,7 @@ def _continue_from(hf: Any, folder: Path) -> Any:
 
 def read_adapter(hf: Any, folder: Path, *, is_trainable: bool = False) -> Any:
     """The model wrapped with the adapter of a PEFT folder, as PEFT reads it."""
-    import peft
+    peft = import_peft()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""Whether the hub answers, found out in seconds. Knows addresses, not models.
+"""Whether the hub answers, found out in seconds; and what may not be fetched from it. Knows addresses, not models.
 
 huggingface_hub tries a hub that is out of reach for the better part of a minute, once for each file.
 """
@@ -6,9 +6,13 @@ huggingface_hub tries a hub that is out of reach for the better part of a minute
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import socket
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,3 +54,21 @@ def _silence_of(endpoint: str) -> str:
     thread.start()
     thread.join(PATIENCE_SECONDS)
     return said[0]
+
+
+@contextmanager
+def no_fetched_kernels() -> Iterator[None]:
+    """Within this the package `kernels` is not found.
+
+    On some processors bitsandbytes, merely imported, fetches code from the hub through it (0.50.2, backends/cpu/ops.py).
+    No run asked for that.
+    """
+    if "kernels" in sys.modules:
+        yield
+        return
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]

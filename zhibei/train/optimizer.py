@@ -13,6 +13,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import TrainingSection
+from zhibei.text.hub import no_fetched_kernels
 from zhibei.train.split_adamw import SplitAdamW
 
 # fp32 copies of gradients live only for the parameters updated together: at most so many elements at a time.
@@ -129,7 +130,8 @@ def _adamw(groups: list[dict[str, Any]], section: TrainingSection) -> torch.opti
 def _adamw_8bit(groups: list[dict[str, Any]], section: TrainingSection) -> torch.optim.Optimizer:
     """Block-wise 8-bit states (arXiv:2110.02861); needs bitsandbytes."""
     try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
+        with no_fetched_kernels():
+            bitsandbytes = importlib.import_module("bitsandbytes")
     except ImportError:
         raise UserError(
             "sft.optimizer: adamw_8bit, but bitsandbytes is not installed",
