@@ -57,7 +57,25 @@ def heldout(*curve):
     return records
 
 
+def iterations(count, **figures):
+    plain = {
+        "kind": "iteration", "reward_mean": lambda n: 0.3 + 0.03 * n, "reward_min": 0.0, "reward_max": 1.0,
+        "answers": 32, "length_mean": 20.0, "length_correlation": 0.1, "repeated_share": 0.05, "ended_share": 0.95,
+        "kl": 0.05, "kl_coefficient": 0.05, "entropy": 2.0,
+    }  # fmt: skip
+    return [
+        {"step": n} | {name: value(n) if callable(value) else value for name, value in {**plain, **figures}.items()}
+        for n in range(1, count + 1)
+    ]
+
+
 HEALTHY = {
+    "a policy that learns": iterations(30),
+    "longer answers, whatever their reward": iterations(30, length_mean=lambda n: 20 + n, length_correlation=0.2),
+    "longer answers are better, as they were": iterations(30, length_correlation=0.8),
+    "no weight on the KL": iterations(30, kl=lambda n: 0.3 * n, kl_coefficient=0.0),
+    "answers were always cut off": iterations(30, ended_share=0.0),
+    "equal rewards now and then": iterations(30, reward_min=lambda n: float(n % 3 == 0)),
     "falls": steps(falling()),
     "noisy, one row a step": steps(falling(noise=0.5, end=1.2, start=2.0)),
     "from scratch": steps(falling(start=10.45, end=3.0)),
@@ -118,6 +136,18 @@ BROKEN = {
         "of two": steps(falling(30), rank_seconds=[1.0, 2.0]),
     },
     "disk_filling": {"no room": [{**LOOK, "step": 5, "free_bytes": 19 * 10**8}]},
+    "length_hacking": {
+        "longer is better": iterations(
+            12, length_mean=lambda n: 20 + 5 * n, reward_mean=lambda n: 0.1 * n, length_correlation=0.8
+        )
+    },
+    "policy_drift": {
+        "far": iterations(9, kl=lambda n: 0.3 * n),
+        "negative": iterations(9, kl=lambda n: -0.3),
+    },
+    "repetition": {"the same words": iterations(9, repeated_share=lambda n: min(0.9, 0.15 * n))},
+    "endless_answers": {"cut off": iterations(9, ended_share=lambda n: 1.0 if n < 4 else 0.02)},
+    "no_signal": {"all right": iterations(4, reward_min=1.0, reward_max=1.0, reward_mean=1.0)},
 }
 
 

@@ -144,6 +144,7 @@ class LogSection(Section):
 
 
 Answer = Literal["off", "warn", "save", "stop"]
+PolicyAnswer = Literal["off", "warn", "save", "roll_back", "stop"]
 
 
 class WatchSection(Section):
@@ -173,6 +174,18 @@ class WatchSection(Section):
     """One rank is much slower than the others, so all wait for it."""
     disk_filling: Answer = "warn"
     """The disk has no room for the next checkpoint and the finished model."""
+    length_hacking: PolicyAnswer = "warn"
+    """ppo and grpo: answers grow longer and longer, and longer ones get more reward. roll_back: policy and critic
+    become those of the last checkpoint before that, and go on with new prompts, half the learning rate and (ppo) twice
+    the weight of the KL; the fourth time the run stops."""
+    policy_drift: PolicyAnswer = "warn"
+    """ppo and grpo: the KL to the reference is above 1 nat per token, or negative."""
+    repetition: PolicyAnswer = "warn"
+    """ppo and grpo: half of what answers say they have said before."""
+    endless_answers: PolicyAnswer = "warn"
+    """ppo and grpo: answers used to end by themselves, and now nearly all are cut off."""
+    no_signal: PolicyAnswer = "warn"
+    """ppo and grpo: all answers of some iterations had the same reward."""
 
 
 class RunFile(Section):

@@ -68,13 +68,19 @@ class History:
     gpu_gib: Samples = field(default_factory=Samples)
     host_gib: Samples = field(default_factory=Samples)
     rank_seconds: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=20))
+    iterations: list[Mapping[str, Any]] = field(default_factory=list)
+    """The health board of every iteration of a policy."""
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in one record of metrics.jsonl; kinds that nobody watches are passed over."""
         self.step = max(self.step, int(record.get("step", 0)))
-        reader = {"train": self._train, "heldout": self._heldout, "look": self._look, "event": self._event}.get(
-            str(record.get("kind"))
-        )
+        reader = {
+            "train": self._train,
+            "heldout": self._heldout,
+            "look": self._look,
+            "event": self._event,
+            "iteration": self.iterations.append,
+        }.get(str(record.get("kind")))
         if reader is not None:
             reader(record)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from zhibei.config.run import Answer, RunFile, WatchSection
+from zhibei.config.run import PolicyAnswer, RunFile, WatchSection
 from zhibei.doctor.history import NOW, WINDOW, History, Samples, StepLoss
+from zhibei.doctor.policy_watchdogs import endless_answers, length_hacking, no_signal, policy_drift, repetition
+from zhibei.doctor.sighting import Sighting
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.alarms import Alarm
@@ -24,7 +25,7 @@ from zhibei.train.record import Watch, ignore
 
 GIB = 2.0**30
 REPEAT_AFTER_STEPS = 500
-SEVERITY = ("stop", "save", "warn")
+SEVERITY = ("stop", "roll_back", "save", "warn")
 
 SKIPS_IN_ROW = 8
 SKIPPED_SHARE = 0.05
@@ -35,16 +36,6 @@ MOST_WAITING = 0.5
 WAITING_SECONDS = 10.0
 GROWTH_GIB = {"GPU": 0.5, "host": 1.0}
 SLOW_FACTOR = 1.5
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """What a watchdog saw."""
-
-    what: str
-    to_do: str
-    evidence: tuple[str, ...] = ()
-    is_worth_saving: bool = True
 
 
 def exploding_loss(past: History) -> Sighting | None:
@@ -251,13 +242,14 @@ WATCHDOGS: dict[str, Callable[[History], Sighting | None]] = {
     function.__name__: function
     for function in (
         exploding_loss, pinned_loss, dead_gradient, unchanged_weights, skipped_steps, heldout_diverging, loss_spike,
-        stalled_data, memory_growth, slow_rank, disk_filling,
+        stalled_data, memory_growth, slow_rank, disk_filling, length_hacking, policy_drift, repetition,
+        endless_answers, no_signal,
     )
 }  # fmt: skip
 """By the names of the run file's section `watch`."""
 
 
-def answers(section: WatchSection) -> dict[str, Answer]:
+def answers(section: WatchSection) -> dict[str, PolicyAnswer]:
     """What the run file wants done, by the name of the watchdog."""
     return {
         "exploding_loss": section.exploding_loss,
@@ -271,6 +263,11 @@ def answers(section: WatchSection) -> dict[str, Answer]:
         "memory_growth": section.memory_growth,
         "slow_rank": section.slow_rank,
         "disk_filling": section.disk_filling,
+        "length_hacking": section.length_hacking,
+        "policy_drift": section.policy_drift,
+        "repetition": section.repetition,
+        "endless_answers": section.endless_answers,
+        "no_signal": section.no_signal,
     }
 
 
@@ -313,7 +310,7 @@ class Watchdogs:
     def _alarms_of(self, record: Mapping[str, Any]) -> list[Alarm]:
         """Take a record in. Each watchdog speaks once, and again only long after."""
         self.history.add(record)
-        if record.get("kind") not in ("train", "heldout", "look"):
+        if record.get("kind") not in ("train", "heldout", "look", "iteration"):
             return []
         alarms = []
         for name, action in self.actions.items():

@@ -22,11 +22,13 @@ class Alarm:
     """
 
     name: str
-    action: Literal["warn", "save", "stop"]
+    action: Literal["warn", "save", "roll_back", "stop"]
     what: str
     to_do: str
     evidence: tuple[str, ...] = ()
     is_worth_saving: bool = True
+    good_until: int | None = None
+    """The last step that was still healthy, where the watcher can tell; a roll-back goes there."""
 
 
 def say(alarms: Iterable[Alarm], recorder: Recorder, *, step: int) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zhibei.config.errors import RunStopped
 from zhibei.config.resolve import ResolvedRun
+from zhibei.config.run import RunFile
 from zhibei.data.prepared import PreparedSet
 from zhibei.generate.options import SamplingOptions
-from zhibei.store.checkpoint import prune
+from zhibei.store.checkpoint import check_checkpoint, list_steps, prune
 from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
-from zhibei.train.alarms import asks_for_save, say, stopped_by, stopping
+from zhibei.train.alarms import Alarm, asks_for_save, say, stopped_by, stopping
 from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
 from zhibei.train.cadence import Cadence, looks_after
 from zhibei.train.collect import Collected, answers_to, scored
@@ -28,7 +29,7 @@ from zhibei.train.offline import disk, interrupted, newest_step, stopped
 from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
 from zhibei.train.policy_loss import log_probabilities
 from zhibei.train.policy_materials import PolicyMaterials, gather_policy
-from zhibei.train.policy_state import PolicyState, first_state, restore_rest, save
+from zhibei.train.policy_state import PolicyState, first_state, put_back, restore_rest, save
 from zhibei.train.record import Recorder, Watch, ignore
 from zhibei.train.resume import Progress
 from zhibei.train.samples import NUM_HELDOUT_PROMPTS, Panel, make_panel, panel_path, write_panel
@@ -36,6 +37,8 @@ from zhibei.train.schedule import learning_rate
 from zhibei.train.step import NonFiniteStep
 
 Loop = Callable[["PolicyRun"], None]
+MOST_ROLL_BACKS = 3
+ALARM_DELAY = 6
 # Nats per token by which two forward passes over the same tokens may differ: rounding, not another distribution.
 SAME_LOGPS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 
@@ -128,6 +131,8 @@ def begin(going: PolicyRun) -> None:
     parts.materials.stepper.remember_weights()
     if progress.step == 0:
         evaluate(going)
+        if wants_roll_back(parts.run):
+            checkpoint(going)
 
 
 def panel_of(parts: PolicyMaterials) -> Panel | None:
@@ -250,6 +255,10 @@ def attend(going: PolicyRun, stop: StopRequest) -> bool:
     if halt is not None:
         say([halt], recorder, step=progress.step)
         raise stopped_by(halt, going.run_dir, step=progress.step, newest=newest_step(going.run_dir))
+    for alarm in alarms:
+        if alarm.action == "roll_back":
+            roll_back(going, alarm)
+            break
     if stop:
         recorder.event(progress.step, "interrupted", f"{stop.name}: saved at step {progress.step}")
         raise interrupted(stop.name or "a signal", going.run_dir, progress)
@@ -258,6 +267,30 @@ def attend(going: PolicyRun, stop: StopRequest) -> bool:
         recorder.event(progress.step, "early stop", f"no better held-out reward in {patience} evaluations")
         return True
     return False
+
+
+def wants_roll_back(run: RunFile) -> bool:
+    return "roll_back" in run.watch.model_dump().values()
+
+
+def roll_back(going: PolicyRun, alarm: Alarm) -> None:
+    """Go on from the last checkpoint that was still healthy. Raises RunStopped when there is none, or too often."""
+    good = alarm.good_until if alarm.good_until is not None else 0
+    older = [path for step, path in list_steps(going.run_dir.checkpoints) if step <= good]
+    sound = next((path for path in reversed(older) if not check_checkpoint(path)), None)
+    if sound is None or going.state.roll_backs >= MOST_ROLL_BACKS:
+        why = "nothing is saved from before it" if sound is None else f"it came back after {MOST_ROLL_BACKS} roll-backs"
+        halt = replace(alarm, action="stop", what=f"{alarm.what}; {why}")
+        say([halt], going.recorder, step=going.progress.step)
+        raise stopped_by(halt, going.run_dir, step=going.progress.step, newest=newest_step(going.run_dir))
+    put_back(sound, going.parts, going.state)
+    going.recorder.event(
+        going.progress.step,
+        "rolled back",
+        f"policy and critic are those of {sound.name} again; the learning rate is halved",
+        rate_factor=going.state.rate_factor,
+        roll_backs=going.state.roll_backs,
+    )
 
 
 def checkpoint(going: PolicyRun) -> Path:
@@ -272,11 +305,15 @@ def checkpoint(going: PolicyRun) -> Path:
     started = time.monotonic()
     path = save(going.run_dir.checkpoints, parts, progress, going.state)
     best = checkpoint_path(going.run_dir, progress.best_step)
-    keeps_best = best is not None and parts.section.keep_best
+    protected = [best] if best is not None and parts.section.keep_best else []
+    if wants_roll_back(parts.run):
+        # An alarm knows its beginning only some iterations later; until then the oldest one may be needed.
+        saved = list_steps(going.run_dir.checkpoints)
+        protected += [path for step, path in saved if step <= progress.step - ALARM_DELAY][-2:] or [saved[0][1]]
     prune(
         going.run_dir.checkpoints,
         keep=parts.section.keep_checkpoints,
-        protect=[best] if keeps_best and best is not None else [],
+        protect=protected,
         verified=path,
     )
     going.recorder.event(

@@ -13,7 +13,7 @@ from zhibei.config.errors import UserError
 from zhibei.losses.policy import KlController
 from zhibei.store.checkpoint import load_checkpoint, save_checkpoint
 from zhibei.train.policy_materials import PolicyMaterials
-from zhibei.train.resume import Progress, random_states
+from zhibei.train.resume import Progress, load_weights, random_states
 from zhibei.train.reward_shaping import RunningScale
 
 
@@ -43,14 +43,10 @@ class PolicyState:
 
 
 def first_state(parts: PolicyMaterials) -> PolicyState:
-    section: Any = parts.section
-    return PolicyState(
-        KlController(
-            section.kl_coefficient,
-            target=getattr(section, "kl_target", None),
-            horizon=getattr(section, "kl_horizon", 10_000),
-        )
-    )
+    run = parts.run
+    if run.stage == "grpo":
+        return PolicyState(KlController(run.grpo.kl_coefficient))
+    return PolicyState(KlController(run.ppo.kl_coefficient, target=run.ppo.kl_target, horizon=run.ppo.kl_horizon))
 
 
 def save(checkpoints: Path, parts: PolicyMaterials, progress: Progress, state: PolicyState) -> Path:
@@ -68,6 +64,22 @@ def save(checkpoints: Path, parts: PolicyMaterials, progress: Progress, state: P
         plain["critic_stepper"] = parts.critic.state()
     groups = {name: group for name, group in groups.items() if group}
     return save_checkpoint(checkpoints, progress.step, groups=groups, state=plain)
+
+
+def put_back(path: Path, parts: PolicyMaterials, state: PolicyState) -> None:
+    """Policy, critic and optimisers as a checkpoint has them; the run goes on from there more carefully.
+
+    What the run has seen since stays known: counters, the scale of rewards and the number of roll-backs.
+    """
+    groups, plain = load_checkpoint(path)
+    stepper = parts.materials.stepper
+    load_weights(parts.roles.policy, groups["model"], where=path)
+    stepper.optimizer.load(groups.get("optimizer", {}))
+    stepper.load_state(plain["stepper"])
+    restore_rest(path, parts)
+    state.roll_backs += 1
+    state.rate_factor /= 2
+    state.kl.coefficient *= 2
 
 
 def restore_rest(path: Path, parts: PolicyMaterials) -> PolicyState:
