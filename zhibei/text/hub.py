@@ -60,7 +60,8 @@ def _silence_of(endpoint: str) -> str:
 def no_fetched_kernels() -> Iterator[None]:
     """Within this the package `kernels` is not found.
 
-    On some processors bitsandbytes fetches code from the hub through it as it is imported (0.50.2, backends/cpu/ops.py).
+    On some processors bitsandbytes 0.50.2 fetches code from the hub through it while it is imported
+    (backends/cpu/ops.py).
     No run asked for that.
     """
     if "kernels" in sys.modules:
