@@ -124,14 +124,15 @@ def _foreign_text() -> str:
 
 
 RECIPE_COLUMNS = {
+    "stage": "stage",
     "model": "model.path",
     "method": "model.method",
     "base": "model.quantize",
     "precision": "model.precision",
-    "epochs": "sft.epochs",
-    "global batch": "sft.global_batch",
-    "learning rate": "sft.learning_rate",
-    "schedule": "sft.schedule",
+    "epochs": "{stage}.epochs",
+    "global batch": "{stage}.global_batch",
+    "learning rate": "{stage}.learning_rate",
+    "schedule": "{stage}.schedule",
     "row tokens": "data.max_tokens",
     "template": "data.template",
     "learned": "data.supervise",
@@ -155,7 +156,7 @@ def _recipe_table() -> str:
     lines = [f"| recipe | {' | '.join(RECIPE_COLUMNS)} |", f"| --- |{' --- |' * len(RECIPE_COLUMNS)}"]
     for name in recipe_names():
         run = read_run(name).run
-        values = [_shown(value_of(run, key)) for key in RECIPE_COLUMNS.values()]
+        values = [_shown(value_of(run, key.format(stage=run.stage))) for key in RECIPE_COLUMNS.values()]
         lines.append(f"| [{name}](#{name}) | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 

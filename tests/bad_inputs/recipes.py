@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.bad_inputs.output_variants import write_large_model
 from tests.bad_inputs.place import SENTENCES, Place, alpaca_rows, chat_rows
 from tests.bad_inputs.scenario import Build, Control
-from zhibei.config.read import recipe_names
+from zhibei.config.read import read_run, recipe_names
 
 NUM_ROWS = 5000
 MACHINES = {
@@ -30,9 +30,14 @@ SHORTER = ["sft.max_steps=2", "sft.global_batch=8", "data.validation=0.1", "data
 
 def recipe_controls() -> list[Control]:
     """A check of every recipe on its machine, and two steps of every one that can run on a processor."""
-    whole = [Control(f"recipe_{name}", as_it_is(name), NOT_YET.get(name, ())) for name in recipe_names()]
-    short = [Control(f"recipe_{name}_tiny", shortened(name)) for name in recipe_names() if "qlora" not in name]
+    whole = [Control(f"recipe_{name}", as_it_is(name), NOT_YET.get(name, ())) for name in supervised()]
+    short = [Control(f"recipe_{name}_tiny", shortened(name)) for name in supervised() if "qlora" not in name]
     return [*whole, *short]
+
+
+def supervised() -> list[str]:
+    """Recipes that learn from the rows made here; those over pairs are run in tests/train/test_pairs.py."""
+    return [name for name in recipe_names() if read_run(name).run.stage == "sft"]
 
 
 def as_it_is(name: str) -> Build:

@@ -14,8 +14,8 @@ RECIPES = sorted(Path(zhibei.__file__).parent.joinpath("recipes").rglob("*.yaml"
 NUMBER = re.compile(r":\s*[-+]?[0-9.]+(e[-+]?[0-9]+)?\s*(#.*)?$")
 
 
-def test_there_are_exactly_eight_and_all_are_offered() -> None:
-    assert len(RECIPES) == 8
+def test_there_are_exactly_ten_and_all_are_offered() -> None:
+    assert len(RECIPES) == 10
     assert sorted(path.stem for path in RECIPES) == recipe_names()
 
 
@@ -62,6 +62,8 @@ def test_the_check_of_sources_bites() -> None:
         ("alpaca-lora-7b-official", {"sft.learning_rate": 3e-4, "sft.epochs": 10, "lora.rank": 16}),
         ("vicuna-7b", {"data.max_tokens": 2048, "data.template": "vicuna_v1.1", "sft.learning_rate": 2e-5}),
         ("vicuna-13b", {"data.max_tokens": 2048, "sft.global_batch": 128}),
+        ("coati-7b-rm", {"reward.learning_rate": 5e-6, "reward.epochs": 1, "reward.loss": "log_exp"}),
+        ("dpo-7b-lora", {"dpo.beta": 0.01, "dpo.learning_rate": 5e-6, "lora.rank": 16, "data.max_tokens": 1024}),
         ("vicuna-7b-qlora", {"model.quantize": "nf4", "lora.rank": 8, "sft.learning_rate": 2e-5}),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.train.pair_run import colour_pairs, judged_rows, pair_run
 from tests.train.test_sft import StopAfter, heldout, losses, model_bytes
 from zhibei.config.errors import RunInterrupted, RunStopped, UserError
+from zhibei.config.read import read_run
 from zhibei.model.language_model import LanguageModel
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
@@ -178,3 +179,12 @@ def test_judged_answers_are_refused_by_losses_over_pairs(tmp_path):
     with pytest.raises(UserError, match="learns from pairs") as caught:
         train(pair_run(tmp_path, "dpo", rows=judged_rows()))
     assert "kto" in caught.value.fix
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("coati-7b-rm", "reward"), ("dpo-7b-lora", "dpo")])
+def test_the_recipes_over_pairs_run_on_a_tiny_model(tmp_path, recipe, stage):
+    pair_run(tmp_path, stage)
+    places = [f"runs={tmp_path / 'runs'}", f"model.path={tmp_path / 'tiny-llama'}"]
+    places += [f"data.sources=[{tmp_path / 'pairs.json'}]", "data.max_tokens=240", "data.validation=0.2"]
+    small = ["model.precision=fp32", f"{stage}.max_steps=2", f"{stage}.global_batch=4", f"{stage}.evaluate_every=1"]
+    assert train(read_run(recipe, [*places, *small])).model.is_dir()
