@@ -189,3 +189,28 @@ def test_what_preparation_says_is_a_lasting_line() -> None:
 )
 def test_durations_read_like_durations(seconds: float, text: str) -> None:
     assert as_duration(seconds) == text
+
+
+def test_a_policy_shows_its_reward_and_how_far_it_has_gone() -> None:
+    started = {"kind": "event", "event": "started", "step": 0, "text": "", "total_steps": 2}
+    figures = {
+        "reward_mean": 0.25,
+        "kl": 0.125,
+        "entropy": 2.0,
+        "length_mean": 12.0,
+        "clip_share": 0.05,
+        "seconds": 3.0,
+    }
+    records = [
+        started,
+        {"kind": "evaluation", "step": 0, "reward_mean": 0.2, "is_best": True},
+        {"kind": "iteration", "step": 1, "seconds": 3.0, **figures},
+        {"kind": "iteration", "step": 2, "seconds": 3.0, **figures},
+        {"kind": "evaluation", "step": 2, "reward_mean": 0.5, "is_best": True},
+    ]
+    lines = play("plain", records).splitlines()
+    assert "before training, held-out reward 0.2000" in lines
+    assert "step 1/2  reward 0.2500  KL 0.125  entropy 2.000  length 12.0  clipped 5.0%  seconds 3.0" in lines
+    assert "step 2: held-out reward 0.5000, best so far" in lines
+    assert [json.loads(line)["kind"] for line in play("json", records).splitlines()][2] == "iteration"
+    assert play("quiet", records) == ""

@@ -134,7 +134,13 @@ class ProgressLine:
         if self.mode == "json":
             self._print(as_json_line(record))
             return
-        readers = {"train": self._train, "heldout": self._heldout, "event": self._event}
+        readers = {
+            "train": self._train,
+            "heldout": self._heldout,
+            "event": self._event,
+            "iteration": self._iteration,
+            "evaluation": self._evaluation,
+        }
         reader = readers.get(str(record.get("kind")))
         if reader is not None:
             reader(record)
@@ -168,8 +174,31 @@ class ProgressLine:
             self._loss_sum = SMOOTHING * self._loss_sum + (1 - SMOOTHING) * loss
             self._loss_weight = SMOOTHING * self._loss_weight + (1 - SMOOTHING)
         is_first = not self._line.startswith("step")
-        self._line = self._train_line(self._console.width if self.mode == "live" else None)
+        self._line = self._train_line()
         self._show[self.mode](is_edge=is_first or step == self._total_steps)
+
+    def _iteration(self, record: dict[str, Any]) -> None:
+        """One iteration of a policy: how good its answers are, and how far it has gone."""
+        step, total = int(record.get("step", 0)), self._total_steps
+        self._pace.step(step, self._clock())
+        parts = [(0, f"step {step:,}" + (f"/{total:,}" if total else ""))]
+        parts.append((1, f"reward {as_figure(record.get('reward_mean'), '.4f')}"))
+        named = (("kl", "KL", ".3f", 2), ("entropy", "entropy", ".3f", 5), ("length_mean", "length", ".1f", 3))
+        for name, words, style, rank in (*named, ("clip_share", "clipped", ".1%", 6), ("seconds", "seconds", ".1f", 4)):
+            if is_number(record.get(name)):
+                parts.append((rank, f"{words} {record[name]:{style}}"))
+        is_first = not self._line.startswith("step")
+        self._line = self._fitted(parts, step)
+        self._show[self.mode](is_edge=is_first or step == total)
+
+    def _evaluation(self, record: dict[str, Any]) -> None:
+        self._pace.interruption()
+        is_base = record.get("step") == 0
+        text = (
+            "before training, " if is_base else ""
+        ) + f"held-out reward {as_figure(record.get('reward_mean'), '.4f')}"
+        is_best = bool(record.get("is_best")) and not is_base
+        self._last_line(record, text + (", best so far" if is_best else ""), style="bold green" if is_best else "bold")
 
     def _heldout(self, record: dict[str, Any]) -> None:
         self._pace.interruption()
@@ -214,8 +243,8 @@ class ProgressLine:
         else:
             self._print(place + text)
 
-    def _train_line(self, width: int | None) -> str:
-        """All figures of the newest step; on a narrow terminal the least important ones go first."""
+    def _train_line(self) -> str:
+        """All figures of the newest step."""
         record, total = self._record, self._total_steps
         step = int(record.get("step", 0))
         parts = [(0, f"step {step:,}" + (f"/{total:,}" if total else ""))]
@@ -233,6 +262,12 @@ class ProgressLine:
             parts.append((4, f"GPU {record['peak_gib']:.1f} GiB"))
         elif is_number(record.get("host_gib")):
             parts.append((4, f"memory {record['host_gib']:.1f} GiB"))
+        return self._fitted(parts, step)
+
+    def _fitted(self, parts: list[tuple[int, str]], step: int) -> str:
+        """The figures with the time that is left; on a narrow terminal the least important ones go first."""
+        width = self._console.width if self.mode == "live" else None
+        total = self._total_steps
         seconds_left = self._pace.seconds_left(total - step) if total is not None else None
         if seconds_left is not None:
             parts.append((2, f"{as_duration(seconds_left)} left"))

@@ -40,6 +40,10 @@ class RunInputs:
     seconds: float = 0.0
     train: list[dict[str, Any]] = field(default_factory=list)
     heldout: list[dict[str, Any]] = field(default_factory=list)
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+    """Of a policy: one record per iteration."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Of a policy: the reward of held-out prompts."""
     events: list[dict[str, Any]] = field(default_factory=list)
     num_replaced_steps: int = 0
     audit: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +64,8 @@ def read_inputs(run_dir: RunDir) -> RunInputs:
     records = read_records(run_dir.metrics, problems)
     train, num_replaced_steps = newest_per_step([r for r in records if r.get("kind") == "train" and "step" in r])
     heldout, _ = newest_per_step([r for r in records if r.get("kind") == "heldout" and "step" in r])
+    iterations, num_repeated = newest_per_step([r for r in records if r.get("kind") == "iteration" and "step" in r])
+    evaluations, _ = newest_per_step([r for r in records if r.get("kind") == "evaluation" and "step" in r])
     proofs = read_json(run_dir.proofs, problems)
     if isinstance(proofs, dict):
         proofs = proofs.get("proofs", [proofs])
@@ -68,8 +74,10 @@ def read_inputs(run_dir: RunDir) -> RunInputs:
         seconds=seconds_of_sessions(records),
         train=train,
         heldout=heldout,
+        iterations=iterations,
+        evaluations=evaluations,
         events=[r for r in records if r.get("kind") == "event"],
-        num_replaced_steps=num_replaced_steps,
+        num_replaced_steps=num_replaced_steps + num_repeated,
         audit=as_dict(read_json(run_dir.audit, problems)),
         ledger=read_json_lines(run_dir.ledger, problems, most=MOST_LEDGER_ENTRIES),
         samples=read_samples(run_dir.samples, problems),

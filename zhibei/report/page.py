@@ -10,6 +10,7 @@ from zhibei.report.beforehand import BEFOREHAND_SECTIONS
 from zhibei.report.html import Section, both, page
 from zhibei.report.inputs import RunInputs, read_inputs
 from zhibei.report.judged import has_judgements, judged
+from zhibei.report.policy import health_board
 from zhibei.report.provenance import PROVENANCE_SECTIONS
 from zhibei.report.rows import dropped_rows
 from zhibei.report.training import TRAINING_SECTIONS, written_at
@@ -19,6 +20,7 @@ from zhibei.store.run_dir import RunDir
 SECTIONS: dict[str, Callable[[RunInputs], Section]] = {
     **TRAINING_SECTIONS,
     "judged": judged,
+    "health_board": health_board,
     **BEFOREHAND_SECTIONS,
     "audit": audit,
     "dropped_rows": dropped_rows,
@@ -44,7 +46,10 @@ TRAINING_PAGE = (
 
 
 def sections_of(inputs: RunInputs) -> Sequence[str]:
-    """The sections of a training page; runs that compare answers have one more, and reward models write no samples."""
+    """The sections of a training page; runs that compare answers have one more, reward models write no samples,
+    and policies have a health board instead of losses."""
+    if inputs.iterations:
+        return ["health_board" if name == "curves" else name for name in TRAINING_PAGE if name != "key_figures"]
     if not has_judgements(inputs):
         return TRAINING_PAGE
     names = [name for name in TRAINING_PAGE if name != "samples" or inputs.samples]
@@ -61,7 +66,10 @@ def write_report(run_dir: RunDir, *, sections: Sequence[str] | None = None) -> P
     """
     inputs = read_inputs(run_dir)
     sections = sections_of(inputs) if sections is None else sections
-    when = max(map(written_at, [*inputs.train[-1:], *inputs.heldout[-1:], *inputs.events[-1:]]), default="")
+    when = max(
+        map(written_at, [*inputs.train[-1:], *inputs.iterations[-1:], *inputs.heldout[-1:], *inputs.events[-1:]]),
+        default="",
+    )
     subtitle = both("training report", "训练报告")
     if when:
         subtitle += both(f", last record {when} UTC", f"，最后记录 {when} UTC")
