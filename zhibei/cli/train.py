@@ -172,7 +172,7 @@ def _report(run_dir: RunDir) -> None:
 
 def _dry_run(resolved: ResolvedRun, *, as_json: bool, quiet: bool) -> int | None:
     from zhibei.data.audit import format_audit
-    from zhibei.train.materials import plan_without_model
+    from zhibei.train.loops import plan_without_model
 
     _, found = examine(resolved, mode=choose_mode(quiet=quiet or as_json))
     if found.blocks:

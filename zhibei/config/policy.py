@@ -83,8 +83,9 @@ class PpoSection(PolicySection):
     """Proximal policy optimisation with a critic (arXiv:1707.06347, arXiv:2203.02155; stage: ppo)."""
 
     models: Literal["shared", "separate"] = "shared"
-    """shared: policy, critic and reward are adapters with heads on one frozen base, and the reference is the base with
-    adapters off. separate: four models, which is what model.method: full means unless you say otherwise."""
+    """shared: policy and critic are adapters on one frozen base, and the reference is the base with adapters off (or
+    the adapter that the policy goes on from). separate: the critic is a model of its own, and with model.method: full,
+    which means this unless you say otherwise, the reference too. A reward model is loaded beside them."""
     critic_learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak rate of the critic; by default ten times learning_rate. It follows the same schedule."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0

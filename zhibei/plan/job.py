@@ -159,7 +159,7 @@ def job_of(
         rows, micro_batch_tokens, global_batch=section.global_batch, num_gpus=num_gpus, packing=run.data.packing
     )
     multiple = GPU_PAD_MULTIPLE if gpu is not None else 1
-    ppo = run.ppo
+    policy = run.grpo if run.stage == "grpo" else run.ppo
     return Job(
         pass_tokens=-(-largest // multiple) * multiple,
         num_passes=passes,
@@ -178,9 +178,9 @@ def job_of(
         modules_to_save=tuple(run.lora.modules_to_save) if is_lora else (),
         sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
         reference=run.dpo.reference,
-        ppo_models=ppo.models,
-        rollout_batch=ppo.rollout_batch,
-        max_new_tokens=ppo.max_new_tokens,
+        ppo_models=run.ppo.models,
+        rollout_batch=policy.rollout_batch,
+        max_new_tokens=policy.max_new_tokens,
         sharding=sharding,
         offload=ways.offload,
         num_gpus=num_gpus,

@@ -146,7 +146,7 @@ def require_rows(run: RunFile) -> None:
     """Raises UserError for the stages that do not learn from given rows; they have loops of their own, or none yet."""
     if run.stage not in TASKS:
         raise UserError(
-            f"a run of stage {run.stage} cannot be trained by this version",
+            f"a run of stage {run.stage} does not learn from given rows, but from answers of its own",
             expected=f"stage: {', '.join(TASKS)}",
             fix=f"`zhibei check` and `zhibei plan` read this run file and say whether its {run.stage} run would work",
             where="stage",

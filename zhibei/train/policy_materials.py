@@ -27,7 +27,7 @@ from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
-from zhibei.train.beginning import load_run_tokenizer
+from zhibei.train.beginning import load_run_tokenizer, run_dir_of
 from zhibei.train.finish import prove, write_model
 from zhibei.train.materials import GPU_PAD_MULTIPLE, Materials, check_vocabulary
 from zhibei.train.optimizer import make_optimizer
@@ -96,15 +96,7 @@ def gather_policy(
         on_audit(rows)
     questions = read_questions(run.data, [*rows.train.row_ids, *rows.heldout.row_ids])
     reward = reward_of(section, run, questions, tokenizer=tokenizer, device=device, precision=precision)
-    group = getattr(section, "answers_per_prompt", 1)
-    cursor = PromptCursor(
-        num_prompts=len(rows.train),
-        per_iteration=section.global_batch * section.minibatches // group,
-        epochs=section.epochs,
-        max_steps=section.max_steps,
-        seed=run.seed,
-        shuffle=run.data.shuffle,
-    )
+    cursor = cursor_of(run, section, num_prompts=len(rows.train))
     resolved, settled = planned(resolved, rows, device=device, cursor=cursor)
     run = resolved.run
     section = run.training
@@ -149,6 +141,50 @@ def gather_policy(
         plan=plan,
         head=head_of(roles.policy),
         ptx=ptx,
+    )
+
+
+def plan_without_models(
+    resolved: ResolvedRun, *, on_rows: Callable[[int, str], None] | None = None
+) -> tuple[PreparedSet, dict[str, Any]]:
+    """The audited prompts and what would be done with them; no weights are loaded and no run directory is made."""
+    run = resolved.run
+    section = run.training
+    assert isinstance(section, PolicySection)
+    device = choose_device(run.device)
+    tokenizer = load_run_tokenizer(run)
+    rows = prompts_of(run, tokenizer, find_template(run.data.template, tokenizer), on_rows)
+    cursor = cursor_of(run, section, num_prompts=len(rows.train))
+    run = planned(resolved, rows, device=device, cursor=cursor)[0].run
+    return rows, {
+        "run_directory": str(run_dir_of(run).path),
+        "model": run.model.path,
+        "method": run.model.method,
+        "precision": f"{choose_precision(run.model.precision, device)} on {device}",
+        "template": rows.template,
+        "training_prompts": len(rows.train),
+        "held_out_prompts": len(rows.heldout),
+        "iterations": cursor.num_iterations,
+        "answers_per_iteration": section.global_batch * section.minibatches,
+        "optimiser_steps": cursor.num_iterations * section.minibatches * section.inner_epochs,
+        "micro_batch_tokens": run.training.tokens_per_pass,
+        "activation_checkpointing": run.model.activation_checkpointing,
+        "learning_rate": run.training.learning_rate,
+        "evaluate_every": run.training.evaluate_every,
+        "save_every": run.training.save_every,
+    }
+
+
+def cursor_of(run: RunFile, section: PolicySection, *, num_prompts: int) -> PromptCursor:
+    """Which prompts each iteration answers: as many as make its answers, each prompt `answers_per_prompt` times."""
+    group = run.grpo.answers_per_prompt if run.stage == "grpo" else 1
+    return PromptCursor(
+        num_prompts=num_prompts,
+        per_iteration=section.global_batch * section.minibatches // group,
+        epochs=section.epochs,
+        max_steps=section.max_steps,
+        seed=run.seed,
+        shuffle=run.data.shuffle,
     )
 
 

@@ -56,7 +56,12 @@ CANARIES: Canaries = {
         ],
     ),
     "ppo-negative-kl-generation-kwargs": (
-        [ppo("ppo.top_k=50"), ppo("ppo.top_p=0.9"), ppo("ppo.top_k=50", "ppo.top_p=0.95")],
+        [
+            ppo("ppo.top_k=50"),
+            ppo("ppo.top_p=0.9"),
+            ppo("ppo.top_k=50", "ppo.top_p=0.95"),
+            healthy("stage=grpo", "grpo.top_k=50", rows=None),
+        ],
         [ppo(), ppo("ppo.temperature=0.7"), healthy("stage=dpo", rows=None)],
     ),
     "value-head-not-loaded": (
@@ -77,6 +82,7 @@ CANARIES: Canaries = {
         [
             ppo("data.max_tokens=4096"),
             ppo("ppo.max_new_tokens=3500"),
+            healthy("stage=grpo", "grpo.max_new_tokens=3500", rows=None),
             broken(ppo(), "model.config", {**CONFIG, "max_position_embeddings": 1024}),
         ],
         [

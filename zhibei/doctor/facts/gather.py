@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from zhibei.config.errors import SeveralErrors, UserError
+from zhibei.config.policy import PolicySection
 from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
 from zhibei.config.run import DataSection, RunFile
 from zhibei.data.prepare import prepare
@@ -205,8 +206,9 @@ def _read_adapter(facts: Facts, folder: str | Path) -> AdapterFacts:
 
 
 def _with_reward(facts: Facts, parts: Parts) -> Facts:
-    path = facts.run.ppo.reward_model
-    if facts.run.stage != "ppo" or path is None:
+    section = facts.run.training
+    path = section.reward_model if isinstance(section, PolicySection) else None
+    if path is None:
         return facts
     return replace(facts, reward=parts.get("reward model", lambda: _read_reward(facts.run, path)))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from zhibei.config.policy import PolicySection
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
-POLICY_STAGES = ("dpo", "ppo")
+POLICY_STAGES = ("dpo", "ppo", "grpo")
 DROPOUT = re.compile(r"(?:^|_)(?:dropout|dropout_p|dropout_prob|drop(?:out)?_rate|pdrop|dropout_ratio)$")
 HEAD = re.compile(r"(?:^|\.)(?:score|v_head|value_head|reward_head|rm_head|classifier|regression_head)(?:\.|$)")
 
@@ -45,7 +46,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
             what=f"lora.dropout: {run.lora.dropout:g} with stage: {run.stage}",
             where=facts.origin("lora.dropout"),
             to_do="lora.dropout: 0",
-            level="stop" if run.stage == "ppo" else "warning",
+            level="warning" if run.stage == "dpo" else "stop",
             changes={"lora.dropout": 0.0},
         )
     if facts.adapter is not None and (rate := _number(facts.adapter.config.get("lora_dropout"))) > 0:
@@ -53,7 +54,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
             what=f"the adapter brings lora_dropout {rate:g} with stage: {run.stage}",
             where=f"{facts.adapter.path}/adapter_config.json, field lora_dropout",
             to_do="set lora_dropout to 0 there",
-            level="stop" if run.stage == "ppo" else "warning",
+            level="warning" if run.stage == "dpo" else "stop",
         )
     rates = {key: _number(value) for key, value in (facts.model.config if facts.model else {}).items()}
     active = {key: rate for key, rate in rates.items() if DROPOUT.search(key) and 0 < rate < 1}
@@ -64,7 +65,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
             what=f"the model's config switches dropout on ({named}) with stage: {run.stage}",
             where=f"{facts.model.folder or facts.model.path}/config.json, field {next(iter(active))}",
             to_do="set " + ", ".join(f"{key} to 0" for key in active) + " there",
-            level="stop" if run.stage == "ppo" else "warning",
+            level="warning" if run.stage == "dpo" else "stop",
         )
 
 
@@ -102,17 +103,17 @@ def ppo_negative_kl_generation_kwargs(facts: Facts) -> Iterable[Finding]:
 
     办法：训练时纯采样：ppo.top_k: 0，ppo.top_p: 1。过滤只用于对话，不用于训练。
     """
-    if facts.resolved is None or facts.run.stage != "ppo":
+    if facts.resolved is None or not isinstance(facts.run.training, PolicySection):
         return
     neutral = {"top_k": 0, "top_p": 1.0}
     for name, wanted in neutral.items():
-        value = getattr(facts.run.ppo, name)
+        value, field = getattr(facts.run.training, name), f"{facts.run.stage}.{name}"
         if value != wanted:
             yield Finding(
-                what=f"ppo.{name}: {value:g} takes tokens away before the draw",
-                where=facts.origin(f"ppo.{name}"),
-                to_do=f"ppo.{name}: {wanted:g}",
-                changes={f"ppo.{name}": wanted},
+                what=f"{field}: {value:g} takes tokens away before the draw",
+                where=facts.origin(field),
+                to_do=f"{field}: {wanted:g}",
+                changes={field: wanted},
             )
 
 
@@ -151,8 +152,8 @@ def value_head_not_loaded(facts: Facts) -> Iterable[Finding]:
     if not any(HEAD.search(name) for name in facts.reward.tensors):
         kinds = ", ".join(map(str, facts.reward.config.get("architectures") or ["unknown"]))
         yield Finding(
-            what=f"none of the {len(facts.reward.tensors):,} tensors of ppo.reward_model is a scoring head ({kinds})",
-            where=f"{facts.reward.path} (ppo.reward_model at {facts.origin('ppo.reward_model')})",
+            what=f"none of the {len(facts.reward.tensors):,} tensors of {facts.run.stage}.reward_model is a scoring head ({kinds})",
+            where=f"{facts.reward.path} ({facts.run.stage}.reward_model at {facts.origin(f'{facts.run.stage}.reward_model')})",
             to_do="name the run directory of a reward stage, or a folder whose weights hold score.weight or v_head",
         )
 
@@ -180,7 +181,7 @@ def reward_model_of_another_vocabulary(facts: Facts) -> Iterable[Finding]:
     if ours and theirs and ours != theirs:
         yield Finding(
             what=f"the policy has {ours:,} embedding rows and the reward model {theirs:,}",
-            where=f"{reward.path} (ppo.reward_model at {facts.origin('ppo.reward_model')})",
+            where=f"{reward.path} ({facts.run.stage}.reward_model at {facts.origin(f'{facts.run.stage}.reward_model')})",
             to_do=f"train a reward model on {facts.run.model.path}, or choose a policy of the reward model's family",
         )
 
@@ -201,20 +202,20 @@ def rollouts_longer_than_the_model(facts: Facts) -> Iterable[Finding]:
 
     办法：减小 data.max_tokens 或 ppo.max_new_tokens，使两者之和放得下。
     """
-    if facts.resolved is None or facts.run.stage != "ppo" or facts.model is None:
+    if facts.resolved is None or not isinstance(facts.run.training, PolicySection) or facts.model is None:
         return
-    run = facts.run
+    run, section, stage = facts.run, facts.run.training, facts.run.stage
     positions = facts.model.config.get("max_position_embeddings") or facts.model.config.get("n_positions")
     if not isinstance(positions, int) or positions <= 0:
         return
     positions = int(positions * (run.model.rope_scaling_factor or 1))
-    longest = run.data.max_tokens + run.ppo.max_new_tokens
+    longest = run.data.max_tokens + section.max_new_tokens
     if longest > positions:
-        fitting = positions - run.ppo.max_new_tokens
+        fitting = positions - section.max_new_tokens
         yield Finding(
-            what=f"data.max_tokens {run.data.max_tokens:,} + ppo.max_new_tokens {run.ppo.max_new_tokens:,} = "
+            what=f"data.max_tokens {run.data.max_tokens:,} + {stage}.max_new_tokens {section.max_new_tokens:,} = "
             f"{longest:,}, and the model has {positions:,} positions",
             where=facts.origin("data.max_tokens"),
-            to_do=f"data.max_tokens: {fitting}" if fitting > 0 else f"ppo.max_new_tokens: at most {positions // 2}",
+            to_do=f"data.max_tokens: {fitting}" if fitting > 0 else f"{stage}.max_new_tokens: at most {positions // 2}",
             changes={"data.max_tokens": fitting} if fitting > 0 else {},
         )
