@@ -1,6 +1,6 @@
 """Pits of training and reading reward models: where the score is read, and what the model is built on.
 
-Stage reward prepares, checks and plans in this version; its rows and their last tokens are those its loop will take.
+The rows that checks see are those that stage reward learns from, and their last tokens those it reads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
 LAST_TOKEN = "tests/data/test_pairs.py::test_the_last_token_of_a_row_is_known_by_its_border_not_by_a_padding_id"
+ROW_ONLY = "tests/train/test_pair_identities.py::test_a_score_depends_on_its_row_only"
 BORDERS = "rows carry their borders, so the last token of an answer is known without looking for a padding id"
 
 
@@ -36,15 +37,22 @@ def rm_base_is_adapter_path(facts: Facts) -> Iterable[Finding]:
     run = facts.run
     base = facts.adapter.config.get("base_model_name_or_path") or "the base it names"
     is_stacked = run.model.method != "full" and run.lora.adapter is None
-    if is_stacked:
-        yield Finding(
-            what=f"model.path: {run.model.path} holds an adapter on {base}, and model.method: {run.model.method} would "
-            "put another one on top",
-            where=facts.origin("model.path"),
-            to_do=f"set model.path: {base} and lora.adapter: {facts.adapter.path} to continue that adapter, or merge "
-            "it first and start from the merged folder",
-            changes={"model.path": str(base), "lora.adapter": str(facts.adapter.path)},
-        )
+    if not is_stacked:
+        return
+    apart = {"model.path": str(base), "lora.adapter": str(facts.adapter.path)}
+    # The adapter of a language model cannot become that of a reward model; merged into its base it can be built on.
+    changes = {"model.method": "full"} if run.stage == "reward" else apart
+    yield Finding(
+        what=f"model.path: {run.model.path} holds an adapter on {base}, and model.method: {run.model.method} would "
+        "put another one on top",
+        where=facts.origin("model.path"),
+        to_do="set model.method: full, which merges the adapter first; or train a fresh one on its base: "
+        f"model.path: {base}"
+        if run.stage == "reward"
+        else f"set model.path: {base} and lora.adapter: {facts.adapter.path} to continue that adapter, or merge "
+        "it first and start from the merged folder",
+        changes=changes,
+    )
 
 
 @pitfall(
@@ -53,7 +61,10 @@ def rm_base_is_adapter_path(facts: Facts) -> Iterable[Finding]:
     kind="construction",
     because="rows of stage reward end with the template's terminator exactly once, and the template travels in the "
     "manifest that later stages compare",
-    proof=["tests/data/test_pairs.py::test_one_bos_one_terminator_and_a_shared_prompt"],
+    proof=[
+        "tests/data/test_pairs.py::test_one_bos_one_terminator_and_a_shared_prompt",
+        "tests/serve/test_judge.py::test_a_judge_prefers_what_was_preferred_and_neighbours_change_nothing",
+    ],
     sources=["https://github.com/huggingface/trl/pull/5813"],
 )
 def rm_eval_without_eos() -> None:
@@ -77,7 +88,7 @@ def rm_eval_without_eos() -> None:
     cost="run",
     kind="construction",
     because=BORDERS,
-    proof=[LAST_TOKEN],
+    proof=[LAST_TOKEN, ROW_ONLY],
     sources=[
         "https://github.com/huggingface/transformers/pull/35911",
         "https://github.com/allenai/reward-bench/issues/137",
@@ -106,7 +117,7 @@ def rm_left_padding_scored_wrong() -> None:
     kind="construction",
     because="pairs are compared by one number per answer; no loss over the tokens of an answer exists here, and rows "
     "hold no padding",
-    proof=[LAST_TOKEN],
+    proof=[LAST_TOKEN, ROW_ONLY],
     sources=["https://github.com/deepspeedai/DeepSpeedExamples/issues/316"],
 )
 def rm_loss_includes_padding() -> None:
@@ -129,7 +140,7 @@ def rm_loss_includes_padding() -> None:
     cost="run",
     kind="construction",
     because=BORDERS,
-    proof=[LAST_TOKEN],
+    proof=[LAST_TOKEN, ROW_ONLY],
     sources=[
         "https://github.com/huggingface/transformers/issues/35352",
         "https://github.com/huggingface/transformers/pull/35911",
@@ -156,7 +167,7 @@ def rm_pad_eq_eos_first_eos_scored() -> None:
     cost="run",
     kind="construction",
     because=BORDERS,
-    proof=[LAST_TOKEN],
+    proof=[LAST_TOKEN, ROW_ONLY],
     sources=["https://github.com/huggingface/trl/issues/937", "https://github.com/allenai/reward-bench/issues/137"],
 )
 def rm_pad_token_none_last_pad_scored() -> None:
