@@ -60,6 +60,7 @@ def test_a_reward_model_learns_and_is_what_transformers_loads(tmp_path):
     [
         ("reward", ()),
         ("reward", LORA),
+        ("reward", ("model.precision=bf16",)),
         ("dpo", ()),
         ("dpo", LORA),
         ("dpo", ("dpo.loss=kto", *LORA)),

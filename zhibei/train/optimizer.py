@@ -33,11 +33,43 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> Optimizer:
-    """AdamW on bf16 weights keeps its masters split (two bytes less per weight); everything else keeps fp32 copies."""
-    all_bf16 = all(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
-    if section.optimizer == "adamw" and all_bf16:
+    """AdamW on bf16 weights keeps its masters split (two bytes less per weight); everything else keeps fp32 copies.
+
+    A score head is fp32 on a bf16 body: each kind is then updated by its own.
+    """
+    bf16 = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16}
+    others = {name: p for name, p in parameters.items() if name not in bf16}
+    if section.optimizer != "adamw" or not bf16:
+        return MasterOptimizer(parameters, section)
+    if not others:
         return SplitAdamW(parameters, section)
-    return MasterOptimizer(parameters, section)
+    return PartedOptimizer(SplitAdamW(bf16, section), MasterOptimizer(others, section), parameters)
+
+
+class PartedOptimizer:
+    """bf16 parameters with split masters, and the others beside them."""
+
+    def __init__(
+        self, split: SplitAdamW, others: MasterOptimizer, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> None:
+        self.split, self.others, self.parameters = split, others, dict(parameters)
+
+    def step(self, gradients: Mapping[str, torch.Tensor], *, learning_rate: float, scale: float) -> None:
+        """One update of both parts."""
+        for part in (self.split, self.others):
+            own = {name: gradient for name, gradient in gradients.items() if name in part.parameters}
+            if own:
+                part.step(own, learning_rate=learning_rate, scale=scale)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All state of both parts as named tensors."""
+        return {**self.split.tensors(), **self.others.tensors()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put `tensors()` of an earlier run back. Raises UserError when they belong to other parameters."""
+        own = {key: value for key, value in tensors.items() if key.rsplit("::", 1)[0] in self.others.parameters}
+        self.others.load(own)
+        self.split.load({key: value for key, value in tensors.items() if key not in own})
 
 
 class MasterOptimizer:
