@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny import FAMILIES, tiny_model_folder
 from tests.train.pair_run import judged_rows, pair_run
+from zhibei.config.preference import DpoSection
 from zhibei.config.run import LoraSection, ModelSection
 from zhibei.data.batches import Batch, BatchPlan, collate_packed, collate_padded
 from zhibei.data.pair_rows import answer_begins, interleaved, mismatched
@@ -19,7 +20,9 @@ from zhibei.data.prepared import PreparedRows
 from zhibei.model.load import Need
 from zhibei.model.score_model import load_score_model, row_scores
 from zhibei.store.run_dir import RunDir
+from zhibei.train.answer_logps import RowLogps
 from zhibei.train.materials import gather
+from zhibei.train.preferences import PAIR_LOSSES, Compared
 from zhibei.train.score_figures import Scored, calibration_error, score_figures
 from zhibei.train.step import Stepper
 
@@ -159,3 +162,28 @@ def test_figures_of_scores_equal_a_few_lines_of_numpy():
     assert found["calibration_error"] == pytest.approx(error)
     assert calibration_error(torch.full((50,), 20.0)) == pytest.approx(0, abs=1e-6)
     assert calibration_error(torch.full((50,), -20.0)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
+def test_pair_losses_equal_a_few_lines_of_numpy(loss):
+    """The formulas as their papers write them, from log-probabilities and lengths alone."""
+    random = np.random.default_rng(2)
+    policy, reference = -random.uniform(5, 60, 12), -random.uniform(5, 60, 12)
+    counts = random.integers(3, 40, 12).astype(float)
+    section = DpoSection(loss=loss, beta=0.3)
+    rows = Compared(RowLogps(torch.tensor(policy), torch.tensor(counts)), torch.tensor(reference))
+    gain, mean = policy - reference, policy / counts
+
+    def minus_log_sigmoid(x: np.ndarray) -> np.ndarray:
+        return np.log1p(np.exp(-x))
+
+    def log_odds(logp: np.ndarray) -> np.ndarray:
+        return logp - np.log(1 - np.exp(logp))
+
+    expected = {
+        "dpo": minus_log_sigmoid(0.3 * (gain[::2] - gain[1::2])),
+        "ipo": ((gain / counts)[::2] - (gain / counts)[1::2] - 1 / 0.6) ** 2,
+        "simpo": minus_log_sigmoid(0.3 * (mean[::2] - mean[1::2]) - section.gamma),
+        "orpo": -mean[::2] + section.odds_weight * minus_log_sigmoid(log_odds(mean[::2]) - log_odds(mean[1::2])),
+    }
+    assert float(PAIR_LOSSES[loss](rows, section)) == pytest.approx(expected[loss].sum(), rel=1e-5)

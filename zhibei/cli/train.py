@@ -75,7 +75,7 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
         raise UserError(
             f"{run_dir} is finished: {directory.model} is written",
             expected="a run that was stopped",
-            fix=f"talk to it with: zhibei chat {run_dir}; to train longer, start a new run with "
+            fix=f"look at it with: zhibei report {run_dir}; to train longer, start a new run with "
             f"model.path={directory.model}",
         )
     return _train(read_run(str(directory.resolved)), directory, quiet=quiet, as_json=json)
