@@ -45,6 +45,9 @@ class PolicySection(AnsweringSection):
     address."""
     reward_model: str | None = None
     """A run directory of stage reward, or a folder with a reward model."""
+    min_reward_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.55
+    """A reward model that puts fewer of its own held-out pairs in order is refused: what it cannot tell apart, a policy
+    learns to exploit. 0 takes any."""
     reward_seconds: Annotated[float, Field(gt=0)] = 60
     """A reward function or server that takes longer for one batch of answers ends the run."""
     reward_clip: NotNegative = 0

@@ -95,7 +95,7 @@ def gather_policy(
     if on_audit is not None:
         on_audit(rows)
     questions = read_questions(run.data, [*rows.train.row_ids, *rows.heldout.row_ids])
-    reward = reward_of(section, run, questions, tokenizer=tokenizer, device=device, precision=precision)
+    reward = reward_of(run, questions, tokenizer=tokenizer, template=template, device=device, precision=precision)
     cursor = cursor_of(run, section, num_prompts=len(rows.train))
     resolved, settled = planned(resolved, rows, device=device, cursor=cursor)
     run = resolved.run

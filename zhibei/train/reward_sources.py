@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +18,25 @@ from zhibei.generate.rewards import Answered, RewardSource, needs_references, re
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
 from zhibei.model.score_model import load_score_model_for_inference, row_scores
-from zhibei.store.manifest import read_manifest, recorded
+from zhibei.store.manifest import read_manifest, recorded, template_entry
+from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 from zhibei.train.experience import passes_of
 
 
 def reward_of(
-    section: PolicySection,
     run: RunFile,
     questions: Mapping[str, Question],
     *,
     tokenizer: Tokenizer,
+    template: Template,
     device: torch.device,
     precision: str,
 ) -> Callable[[Answered], list[float]]:
     """What the run file's `reward` and `reward_model` give together. Raises UserError when neither is named, a named
     one cannot be, or results to compare with are missing."""
+    section = run.training
+    assert isinstance(section, PolicySection)
     sources: list[RewardSource] = []
     if section.reward is not None:
         where = f"{run.stage}.reward"
@@ -41,7 +45,8 @@ def reward_of(
             require_references(questions, section.reward, where=where)
     if section.reward_model is not None:
         where = f"{run.stage}.reward_model"
-        require_same_tokens(section.reward_model, tokenizer, where=where)
+        require_same_words(section.reward_model, tokenizer, template, where=where)
+        require_accuracy(section.reward_model, section.min_reward_accuracy, where=where)
         model = load_score_model_for_inference(section.reward_model, device=str(device), precision=precision)
         score = model_scorer(model, pad_token=tokenizer.pad_id, tokens_per_pass=max(section.tokens_per_pass, 1))
         sources.append(RewardSource(section.reward_model, score, max(section.reward_seconds, 3600.0), where))
@@ -67,12 +72,41 @@ def require_references(questions: Mapping[str, Question], name: str, *, where: s
         )
 
 
-def require_same_tokens(path: str, tokenizer: Tokenizer, *, where: str) -> None:
-    """Raises UserError when the reward model's run was made with another tokenizer."""
+def manifest_of(path: str) -> Mapping[str, Any] | None:
+    """The manifest of the run that a reward model comes from; None for a folder of somebody else."""
     found = locate(path).run
-    if found is None or not found.manifest.is_file():
+    return read_manifest(found.path) if found is not None and found.manifest.is_file() else None
+
+
+def require_accuracy(path: str, least: float, *, where: str) -> None:
+    """Raises UserError when the reward model orders fewer of its own held-out pairs rightly."""
+    manifest = manifest_of(path)
+    accuracy = None if manifest is None else recorded(manifest, "finished.heldout.accuracy")
+    if accuracy is not None and accuracy < least:
+        raise UserError(
+            f"the reward model {path} orders {100 * accuracy:.0f} % of its held-out pairs rightly",
+            expected=f"at least {100 * least:.0f} %; guessing has 50 %",
+            fix="train it longer or on more pairs (zhibei report shows how it learned), or set "
+            f"{where.partition('.')[0]}.min_reward_accuracy lower if you know why",
+            where=where,
+        )
+
+
+def require_same_words(path: str, tokenizer: Tokenizer, template: Template, *, where: str) -> None:
+    """Raises UserError when the reward model's run was made with another tokenizer or another template."""
+    manifest = manifest_of(path)
+    if manifest is None:
         return
-    theirs = recorded(read_manifest(found.path), "tokenizer.sha256")
+    theirs, ours = recorded(manifest, "template.sha256"), template_entry("", jinja=template.as_jinja())["sha256"]
+    if theirs is not None and theirs != ours:
+        raise UserError(
+            f"the reward model {path} learned from texts in the template {recorded(manifest, 'template.name')}, and "
+            "this run renders its prompts in another",
+            expected="prompts in the form that the reward model knows",
+            fix=f"set data.template: {recorded(manifest, 'template.name')}, or train a reward model with this template",
+            where=where,
+        )
+    theirs = recorded(manifest, "tokenizer.sha256")
     if theirs is not None and theirs != tokenizer.fingerprint:
         raise UserError(
             f"the reward model {path} was trained with another tokenizer ({str(theirs)[:12]}, the policy has "

@@ -150,10 +150,11 @@ def value_head_not_loaded(facts: Facts) -> Iterable[Finding]:
     if facts.reward is None or not facts.reward.tensors:
         return
     if not any(HEAD.search(name) for name in facts.reward.tensors):
+        field = f"{facts.run.stage}.reward_model"
         kinds = ", ".join(map(str, facts.reward.config.get("architectures") or ["unknown"]))
         yield Finding(
-            what=f"none of the {len(facts.reward.tensors):,} tensors of {facts.run.stage}.reward_model is a scoring head ({kinds})",
-            where=f"{facts.reward.path} ({facts.run.stage}.reward_model at {facts.origin(f'{facts.run.stage}.reward_model')})",
+            what=f"none of the {len(facts.reward.tensors):,} tensors of {field} is a scoring head ({kinds})",
+            where=f"{facts.reward.path} ({field} at {facts.origin(field)})",
             to_do="name the run directory of a reward stage, or a folder whose weights hold score.weight or v_head",
         )
 
@@ -178,10 +179,11 @@ def reward_model_of_another_vocabulary(facts: Facts) -> Iterable[Finding]:
     if reward is None or model is None:
         return
     ours, theirs = model.embedding_rows, reward.embedding_rows
+    field = f"{facts.run.stage}.reward_model"
     if ours and theirs and ours != theirs:
         yield Finding(
             what=f"the policy has {ours:,} embedding rows and the reward model {theirs:,}",
-            where=f"{reward.path} ({facts.run.stage}.reward_model at {facts.origin(f'{facts.run.stage}.reward_model')})",
+            where=f"{reward.path} ({field} at {facts.origin(field)})",
             to_do=f"train a reward model on {facts.run.model.path}, or choose a policy of the reward model's family",
         )
 
