@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from zhibei.doctor.outlook import Outlook
     from zhibei.doctor.verdict import Explanation
     from zhibei.serve.chat import Speaker
+    from zhibei.serve.judge import Judge
     from zhibei.store.run_dir import RunDir
     from zhibei.store.verify import Problem
 
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "check",
     "explain",
+    "judge",
     "load",
     "plan",
     "prepare",
@@ -125,6 +127,13 @@ def load(path: str | Path, *, template: str | None = None, device: str = "auto",
     from zhibei.serve.chat import open_speaker
 
     return open_speaker(str(path), template=template, device=device, precision=precision)
+
+
+def judge(path: str | Path, *, template: str | None = None, device: str = "auto", precision: str = "auto") -> Judge:
+    """A trained reward model: `judge(path).score(messages)` is how good the last answer is (stage: reward)."""
+    from zhibei.serve.judge import open_judge
+
+    return open_judge(str(path), template=template, device=device, precision=precision)
 
 
 def write_report(run_dir: str | Path) -> Path:

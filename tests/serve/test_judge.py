@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import zhibei
 from tests.train.pair_run import colour_pairs, pair_run
 from zhibei.config.errors import UserError
 from zhibei.serve.chat import open_speaker
@@ -24,6 +25,7 @@ def test_a_judge_prefers_what_was_preferred_and_neighbours_change_nothing(tmp_pa
     alone = [judge.score(conversation(pair, side)) for pair in pairs for side in ("chosen", "rejected")]
     assert together == pytest.approx(alone, abs=1e-3)
     assert sum(a > b for a, b in zip(together[::2], together[1::2], strict=True)) >= 8
+    assert zhibei.judge(run_dir.path, device="cpu").score(conversation(pairs[0], "chosen")) == pytest.approx(alone[0])
     with pytest.raises(UserError, match="does not end with an answer"):
         judge.score(conversation(pairs[0], "chosen")[:1])
     with pytest.raises(UserError, match="is a reward model: it gives scores"):

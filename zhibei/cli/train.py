@@ -112,7 +112,7 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     if as_json:
         return None
     use = (
-        f"  score with:  zhibei.serve.judge.open_judge('{run_dir.path}').score(messages), in Python\n"
+        f"  score with:  zhibei.judge('{run_dir.path}').score(messages), in Python\n"
         if resolved.run.stage == "reward"
         else f"  talk to it:  zhibei chat {run_dir.path}\n"
     )

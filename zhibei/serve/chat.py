@@ -161,7 +161,7 @@ def open_speaker(
         raise UserError(
             f"{path} is a reward model: it gives scores and cannot talk",
             expected="a language model, such as a run of stage sft or dpo",
-            fix="score answers with it in Python: zhibei.serve.judge.open_judge(PATH).score(messages); or talk to the "
+            fix="score answers with it in Python: zhibei.judge(PATH).score(messages); or talk to the "
             "model that it was made from",
             where="chat",
         )
