@@ -76,10 +76,12 @@ def _stage_text(name: str) -> str:
             "STAGE is the stage of the run. The sections of other stages must be absent."
         )
         parts.append(_section_text("Every stage", "STAGE.", shared, purpose))
+    shared_fields = AnsweringSection.model_fields
     own = {
         field: info
         for field, info in section.model_fields.items()
-        if field not in TrainingSection.model_fields and field not in AnsweringSection.model_fields
+        if field not in shared_fields
+        or (info.description, info.default) != (shared_fields[field].description, shared_fields[field].default)
     }
     also = "the fields of every stage" + ("" if answers else ", without sample_prompts and sample_tokens")
     text = f"{_one_line(section.__doc__)} Takes {also}{', and:' if own else '.'}"

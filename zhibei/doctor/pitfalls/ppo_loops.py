@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from zhibei.doctor.pitfall import pitfall
 
-NO_ROLLOUTS = "zhibei has no rollout loop yet; the message and the loop that shows it belong to other programs."
-
 
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="construction",
+    because="The penalty is taken off wherever the sampler itself says that an answer was cut off.",
+    proof=["tests/train/test_health.py::test_rewards_are_penalised_then_scaled_then_bounded"],
     sources=[
         "https://github.com/huggingface/trl/issues/6805",
         "https://github.com/huggingface/trl/pull/6813",
@@ -38,8 +37,9 @@ def missing_eos_penalty_never_applies() -> None:
 @pitfall(
     "ppo",
     cost="hours",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="construction",
+    because="The KL that is shown and the one that is taken off the reward come from the same numbers.",
+    proof=["tests/train/test_policy_runs.py::test_ppo_learns_from_gae_of_rewards_less_the_kl"],
     errors=[
         r"kl[_ ]penalty.{0,60}(?:abs|full).{0,80}negative",
         r"negative kl.{0,80}kl_penalty",
@@ -69,8 +69,9 @@ def ppo_kl_reported_not_trained() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="construction",
+    because="The KL is taken off token by token, and advantages are those of each token.",
+    proof=["tests/train/test_policy_runs.py::test_ppo_learns_from_gae_of_rewards_less_the_kl"],
     sources=[
         "https://github.com/hpcaitech/ColossalAI/issues/3374",
     ],
@@ -95,8 +96,9 @@ def ppo_policy_quality_collapse_coarse_reward() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="construction",
+    because="Supervised rows are forward passes of their own with their own targets.",
+    proof=["tests/train/test_policy_runs.py::test_supervised_rows_add_their_weighted_mean_loss"],
     errors=[
         r"expected input batch_size \(\d+\) to match target batch_size \(\d+\)[\s\S]{0,6000}ptx",
         r"ptx[\s\S]{0,6000}expected input batch_size \(\d+\) to match target batch_size",
@@ -124,8 +126,9 @@ def ppo_ptx_iterator_misaligned() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="construction",
+    because="Rewards can be scaled by their running deviation and bounded, and the critic moves by a bounded step.",
+    proof=["tests/train/test_health.py::test_rewards_are_penalised_then_scaled_then_bounded"],
     sources=[
         "https://github.com/deepspeedai/DeepSpeedExamples/issues/556",
         "https://github.com/huggingface/trl/pull/560",
@@ -152,8 +155,8 @@ def ppo_reward_scale_critic_diverges() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="watchdog",
+    by="length_hacking",
     sources=[
         "https://github.com/rllm-org/rllm/issues/143",
         "https://github.com/OpenRLHF/OpenRLHF/issues/1263",
@@ -180,8 +183,9 @@ def reward_hacking_train_up_eval_down() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="construction",
+    because="Rows never see one another, so how they are cut into passes changes no log-probability.",
+    proof=["tests/train/test_experience.py::test_log_probabilities_come_back_to_their_tokens"],
     sources=[
         "https://github.com/verl-project/verl/issues/2996",
     ],
@@ -206,7 +210,7 @@ def rl_logprob_microbatch_mismatch() -> None:
     "ppo",
     cost="run",
     kind="explained",
-    because=NO_ROLLOUTS,
+    because="It concerns a second engine beside the trainer; here answers are written by the weights that learn.",
     errors=[
         r"no available memory for the cache blocks",
         r"free memory on device .{0,120}less than desired GPU memory utilization",
@@ -237,8 +241,8 @@ def rl_rollout_hang_oom_silent() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="gate",
+    proof=["tests/train/test_policy_runs.py::test_what_is_wrong_before_learning_stops_the_run"],
     errors=[
         r"vllm_vs_local_logprob_diff",
     ],
@@ -297,8 +301,8 @@ def rm_reward_at_pad_not_eos_ppo() -> None:
 @pitfall(
     "ppo",
     cost="run",
-    kind="explained",
-    because=NO_ROLLOUTS,
+    kind="gate",
+    proof=["tests/train/test_policy_runs.py::test_an_update_that_changes_nothing_stops_the_run"],
     sources=[
         "https://github.com/verl-project/verl/issues/7495",
         "https://github.com/huggingface/trl/issues/5312",
@@ -358,7 +362,7 @@ def rollout_sampling_params_from_generation_config() -> None:
     "ppo",
     cost="run",
     kind="explained",
-    because=NO_ROLLOUTS,
+    because="An answer that was cut off counts as ended; how many are is on the health board, and has a penalty.",
     sources=[
         "https://github.com/huggingface/trl/pull/1536",
         "https://github.com/areal-project/AReaL/pull/1637",
