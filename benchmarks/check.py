@@ -28,6 +28,7 @@ from benchmarks.records import RESULTS, Record, median_and_spread, merge, versio
 from zhibei.config.read import read_run, recipe_names
 
 FILE = RESULTS / "check.json"
+KNOWN = Path(__file__).parents[1] / "tests" / "doctor" / "known_pitfalls.txt"
 NUM_ROWS = 52_002
 TRUE_ALARMS = ("quantised-base-not-trained-here",)
 WORDS = """the of and to in is that for it as was with be by on not he his but at are this have from or had an they
@@ -136,8 +137,11 @@ def coverage() -> Record:
     from zhibei.doctor.pitfalls import load_catalogue
 
     catalogue = load_catalogue()
+    lines = [line for line in KNOWN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    known = [name for line in lines for name in line.partition(":")[2].split()]
     return {
         "pitfalls": len(catalogue),
+        "known_kinds": dict(Counter(catalogue[name].kind for name in known if name in catalogue).most_common()),
         "kinds": dict(Counter(entry.kind for entry in catalogue.values()).most_common()),
         "areas": dict(Counter(entry.area for entry in catalogue.values())),
     }

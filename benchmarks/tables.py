@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.doctor_tables import bad_inputs_rows, check_rows, coverage_rows, explain_rows
 from benchmarks.records import RESULTS, Record, read
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "measurements.md"
@@ -186,6 +187,12 @@ def memory_table(records: Sequence[Record], grid: str) -> str:
     return markdown(header, rows) + f"\n\n{summary} " + provenance(chosen)
 
 
+def plain_table(records: Sequence[Record], make: Callable[..., tuple[list[str], list[list[str]]]]) -> str:
+    """A table of `make`'s header and rows, and where its figures come from."""
+    header, rows = make(records)
+    return markdown(header, rows) + "\n\n" + provenance(records)
+
+
 def provenance(records: Sequence[Record]) -> str:
     """Where and with what the figures of a table were measured."""
     if not records:
@@ -212,6 +219,10 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "memory-held-out": ("memory.json", lambda records: memory_table(records, "held-out")),
     "memory-blind": ("memory.json", lambda records: memory_table(records, "blind")),
     "generate-cpu": ("generate_cpu.json", generate_table),
+    "check": ("check.json", lambda records: plain_table(records, check_rows)),
+    "coverage": ("check.json", lambda records: plain_table(records, coverage_rows)),
+    "bad-inputs": ("bad_inputs.json", lambda records: plain_table(records, bad_inputs_rows)),
+    "explain": ("explain.json", lambda records: plain_table(records, explain_rows)),
 }
 
 
