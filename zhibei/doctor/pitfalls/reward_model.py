@@ -36,6 +36,16 @@ def rm_base_is_adapter_path(facts: Facts) -> Iterable[Finding]:
         return
     run = facts.run
     base = facts.adapter.config.get("base_model_name_or_path") or "the base it names"
+    kind = facts.adapter.config.get("task_type")
+    if run.stage == "reward" and run.lora.adapter is not None and kind not in (None, "SEQ_CLS"):
+        yield Finding(
+            what=f"lora.adapter: {run.lora.adapter} is the adapter of a language model (task_type {kind}); a reward "
+            "model cannot continue it",
+            where=facts.origin("lora.adapter"),
+            to_do="remove lora.adapter for a fresh one on the base; or set model.path to it and model.method: full, "
+            "which merges it first",
+        )
+        return
     is_stacked = run.model.method != "full" and run.lora.adapter is None
     if not is_stacked:
         return
