@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 
 import pytest
@@ -167,6 +168,9 @@ def test_a_reward_model_begins_with_an_adapter_run_merged_and_learns_on(tmp_path
     dpo = train(pair_run(tmp_path, "dpo", *LORA, "dpo.max_steps=2", "dpo.sample_tokens=0", "name=dpo"))
     short = ["reward.max_steps=2", "reward.evaluate_every=0"]
     first = train(pair_run(tmp_path, "reward", *short, "name=first", f"model.path={dpo.path}"))
+    started = next(r for r in read_metrics(first.metrics) if r.get("event") == "started")
+    learning, everything = re.findall(r"([\d,]+) of ([\d,]+) parameters learn", started["text"])[0]
+    assert learning == everything, "an adapter that is merged leaves nothing frozen"
     again = train(pair_run(tmp_path, "reward", *short, "name=again", f"model.path={first.path}"))
     start = evaluations(again)[0]["loss"]
     assert start == pytest.approx(evaluations(first)[-1]["loss"], rel=1e-4)

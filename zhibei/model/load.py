@@ -312,4 +312,5 @@ def with_adapter(hf: Any, folder: Path) -> Any:
 
 def _merged(hf: Any, folder: Path) -> Any:
     """Full training that starts from an adapter run continues on its merged weights."""
-    return with_adapter(hf, folder).merge_and_unload(safe_merge=True)
+    # PEFT froze the base when it read the adapter; merged, there is no adapter left, and every weight is to learn.
+    return with_adapter(hf, folder).merge_and_unload(safe_merge=True).requires_grad_(True)
