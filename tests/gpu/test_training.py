@@ -18,8 +18,8 @@ from zhibei.model.load import Need, load_for_training
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.run_dir import RunDir
-from zhibei.train.optimizer import make_optimizer
 from zhibei.train.offline import train
+from zhibei.train.optimizer import make_optimizer
 from zhibei.train.split_adamw import SplitAdamW
 from zhibei.train.step import Stepper
 from zhibei.train.token_loss import token_loss

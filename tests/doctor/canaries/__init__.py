@@ -12,7 +12,8 @@ Each area's file `tests/doctor/canaries/test_<area>.py` states them as data, by 
 `tests/doctor/test_canaries.py` runs them all and demands, for each check, at least one of either side, that every
 broken case trips it with words for what, where and what to do, and that `healthy()` trips no check at all.
 Give variants of the same kind (another family, machine, field).
-Only ids of kind `check` stand in CANARIES. A file that outgrows 400 lines becomes two: `test_<area>_<part>.py` is also read.
+Only ids of kind `check` stand in CANARIES. A file that outgrows 400 lines becomes two: `test_<area>_<part>.py` is
+also read.
 Tests that say more (which words, which changes) are ordinary functions below the data.
 """
 
