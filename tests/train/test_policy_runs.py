@@ -75,6 +75,10 @@ def test_a_finished_run_is_a_model_and_its_records_are_whole(tmp_path: Path) -> 
     panel = json.loads((run_dir.samples / "step-000003.json").read_text())
     assert all(entry["prompt"].startswith("Say ") for entry in panel)
     assert not (run_dir.model / "critic").exists()
+    finished = json.loads(run_dir.manifest.read_text())["finished"]
+    rewards = [r["reward_mean"] for r in records if r["kind"] == "evaluation"]
+    assert finished["best_heldout_reward"] == pytest.approx(max(rewards))
+    assert finished["heldout"]["reward_mean"] == rewards[-1]
     assert all(proof["passed"] for proof in json.loads(run_dir.proofs.read_text()))
 
 

@@ -57,25 +57,36 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
     figures = {
         "steps": progress.step,
         "model_step": chosen,
-        "best_heldout_loss": progress.best_loss,
+        **best_of(materials, progress),
         "tokens": progress.tokens,
         "learned_tokens": progress.learned_tokens,
         "training_seconds": round(progress.seconds, 3),
         "heldout": heldout_of(run_dir, chosen),
     }
     finish_manifest(run_dir.path, figures)
+    why = f" (best held-out {materials.task.judged_by})" if chosen != progress.step else ""
     recorder.event(
         progress.step,
         "finished",
-        f"{run_dir.model} holds step {chosen}" + (" (best held-out loss)" if chosen != progress.step else ""),
+        f"{run_dir.model} holds step {chosen}"
+        + (f" (best held-out {materials.task.judged_by})" if chosen != progress.step else ""),
         model_step=chosen,
     )
+
+
+def best_of(materials: Materials, progress: Progress) -> dict[str, float | None]:
+    """The best held-out figure by its name; a reward is kept as a loss while the run goes on."""
+    best = progress.best_loss
+    if materials.task.judged_by == "reward":
+        return {"best_heldout_reward": None if best is None else -best}
+    return {"best_heldout_loss": best}
 
 
 def heldout_of(run_dir: RunDir, step: int) -> dict[str, Any] | None:
     """Figures of the evaluation whose weights the model holds; later stages ask for them (a reward model's accuracy).
     None when there was none at that step."""
-    found = [r for r in read_metrics(run_dir.metrics) if r.get("kind") == "heldout" and r.get("step") == step]
+    kinds = ("heldout", "evaluation")
+    found = [r for r in read_metrics(run_dir.metrics) if r.get("kind") in kinds and r.get("step") == step]
     left_out = ("kind", "step", "time", "is_best", "samples", "seconds")
     return {name: value for name, value in found[-1].items() if name not in left_out} if found else None
 

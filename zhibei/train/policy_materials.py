@@ -299,6 +299,12 @@ def _no_loss(*_: object) -> torch.Tensor:
 
 
 POLICY_TASK = Task(
-    unit="token", step_loss=_no_loss, plain_loss=_no_loss, evaluate=_no_figures, write=write_model, prove=prove
+    unit="token",
+    step_loss=_no_loss,
+    plain_loss=_no_loss,
+    evaluate=_no_figures,
+    write=write_model,
+    prove=prove,
+    judged_by="reward",
 )
 """How the finished policy is written and proved: like any language model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zhibei.data.batches import Batch, Batches
 from zhibei.model.language_model import LanguageModel
@@ -71,5 +71,7 @@ class Task:
     prepare: Callable[[Materials, RunDir, int], Materials] = unchanged
     before_step: Callable[[LanguageModel, Sequence[Batch]], Sequence[Batch]] = as_they_are
     probe: Callable[[Materials], None] = nothing_to_probe
+    judged_by: Literal["loss", "reward"] = "loss"
+    """Whether the best weights have the lowest held-out loss or the highest held-out reward."""
     described: Mapping[str, Any] = field(default_factory=dict)
     """What the manifest says of the model beside what it says of every run."""
