@@ -68,8 +68,7 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
     recorder.event(
         progress.step,
         "finished",
-        f"{run_dir.model} holds step {chosen}"
-        + (f" (best held-out {materials.task.judged_by})" if chosen != progress.step else ""),
+        f"{run_dir.model} holds step {chosen}{why}",
         model_step=chosen,
     )
 
