@@ -104,9 +104,11 @@ def test_what_is_wrong_before_learning_stops_the_run(tmp_path: Path, monkeypatch
             train(small_policy(tmp_path, "ppo", f"name=spoiled{number}"))
 
 
-def test_an_update_that_changes_nothing_stops_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["ppo.warmup_steps=1"], ["ppo.critic_warmup_steps=1"]])
+def test_an_update_that_changes_nothing_stops_the_run(more: list[str], tmp_path: Path) -> None:
+    """Whichever iteration has the first update."""
     with pytest.raises(RunStopped, match="changed no log-probability"):
-        train(small_policy(tmp_path, "ppo", "ppo.learning_rate=1e-30", "ppo.critic_learning_rate=1e-3"))
+        train(small_policy(tmp_path, "ppo", "ppo.learning_rate=1e-30", "ppo.critic_learning_rate=1e-3", *more))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def loop(going: PolicyRun) -> None:
                 learned = learn(going, experience, numbers, rate=rate)
             except NonFiniteStep as problem:
                 raise bad_step(problem, going, collected) from None
-            if iteration == 0 and was_untouched and parts.materials.stepper.effective_steps:
+            if was_untouched and parts.materials.stepper.effective_steps:
                 probe_after_learning(going, collected)
             state.answers += len(experience)
             progress.step = iteration + 1

@@ -56,7 +56,7 @@ def loop(going: PolicyRun) -> None:
                 learned = learn(going, experience, rate=rate, critic_rate=critic_rate)
             except NonFiniteStep as problem:
                 raise bad_step(problem, going, collected) from None
-            if iteration == 0 and was_untouched and parts.materials.stepper.effective_steps:
+            if was_untouched and parts.materials.stepper.effective_steps:
                 probe_after_learning(going, collected)
             figures = board_of(collected)
             values_BT, returns_BT = experience.figures_BT["values"], experience.figures_BT["returns"]
