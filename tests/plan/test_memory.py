@@ -171,6 +171,14 @@ def test_the_other_stages_hold_more_than_supervised_training(stage):
     assert separate.peak_gib > predict(shape, replace(job, stage="ppo")).peak_gib + 2 * 12
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_a_reward_model_is_a_whole_model_beside_the_policy(stage):
+    shape = read_shape(LLAMA_7B)
+    job = Job(2048, stage=stage, method="lora", targets=("q_proj",))
+    judged = predict(shape, replace(job, has_reward_model=True))
+    assert judged.peak_gib == pytest.approx(predict(shape, job).peak_gib + 2 * shape.num_parameters / 2**30, rel=0.01)
+
+
 def test_a_reference_costs_no_second_model():
     shape, job = read_shape(LLAMA_7B), Job(2048)
     assert predict(shape, replace(job, stage="dpo")).peak_gib == pytest.approx(predict(shape, job).peak_gib)

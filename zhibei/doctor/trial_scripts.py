@@ -194,8 +194,8 @@ def quantise(spec: Spec) -> Said:
     import torch
 
     try:
-        import bitsandbytes
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+        import bitsandbytes  # pyright: ignore[reportMissingImports] (optional)
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise NotHereError(f'{error} (pip install "zhibei[bnb]" for quantised bases and 8-bit optimisers)') from None
     device = torch.device(spec["device"])

@@ -75,6 +75,7 @@ class Job:
     """Tokens of a held-out pass, where there are too few held-out rows to fill one."""
     reference: str = "auto"
     ppo_models: str = "shared"
+    has_reward_model: bool = False
     rollout_batch: int = 32
     max_new_tokens: int = 128
     sharding: Sharding = "no_shard"
@@ -179,6 +180,7 @@ def job_of(
         sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
         reference=run.dpo.reference,
         ppo_models=run.ppo.models,
+        has_reward_model=run.stage in ("ppo", "grpo") and policy.reward_model is not None,
         rollout_batch=policy.rollout_batch,
         max_new_tokens=policy.max_new_tokens,
         sharding=sharding,

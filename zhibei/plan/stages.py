@@ -34,19 +34,23 @@ def _dpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
 
 
 def _ppo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
-    """shared: adapters with heads for critic and reward on one base. separate: critic (learns), reward, reference."""
-    answers = _answers(shape, job)
+    """shared: the critic is adapters with a head on one base. separate: the critic and the reference are models too."""
+    others = {**_reward_model(job, held), **_answers(shape, job)}
     if job.ppo_models == "shared":
-        critic = held.adapters + held.masters + held.states + held.gradients
-        return {"critic": critic, "reward model": held.adapters, **answers}
+        return {"critic": held.adapters + held.masters + held.states + held.gradients, **others}
     critic = held.weights + held.masters + held.states + held.gradients
-    return {"critic": critic, "reward model": held.weights, "reference model": held.weights, **answers}
+    return {"critic": critic, "reference model": held.weights, **others}
 
 
 def _grpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     """No critic; the reference is a frozen copy, unless it is the same base with its adapters off."""
     reference = {} if job.trains_adapters else {"reference model": held.weights}
-    return {**reference, **_answers(shape, job)}
+    return {**reference, **_reward_model(job, held), **_answers(shape, job)}
+
+
+def _reward_model(job: Job, held: Holdings) -> Causes:
+    """A reward model is loaded beside the policy, whole (train/reward_sources.py); taken to be of the policy's size."""
+    return {"reward model": held.weights} if job.has_reward_model else {}
 
 
 def _answers(shape: ModelShape, job: Job) -> Causes:
