@@ -17,7 +17,7 @@ from tests.bad_inputs.output_variants import large_model
 from tests.bad_inputs.pair_cases import pairs
 from tests.bad_inputs.place import Place, alpaca_rows, chat_rows
 from tests.bad_inputs.resume_cases import stopped
-from tests.bad_inputs.scenario import Build, Control
+from tests.bad_inputs.scenario import OF_A_QUANTISED_BASE, Build, Control
 from tests.tiny import FAMILIES
 
 
@@ -165,7 +165,7 @@ CONTROLS = [
     Control("resumed", stopped(lambda place, run_dir: None)),
     Control("dpo_check", pairs("dpo")),
     Control("reward_check", pairs("reward")),
-    Control("7b_qlora_on_4090", large_model("7b", "rtx4090", QLORA), ("quantised-base-not-trained-here",)),
+    Control("7b_qlora_on_4090", large_model("7b", "rtx4090", QLORA), OF_A_QUANTISED_BASE),
     Control("7b_lora_on_h100", large_model("7b", "h100-80g", LORA)),
     Control("7b_full_on_h200", large_model("7b", "h200", {})),
     Control("7b_lora_fp16_on_v100", large_model("7b", "v100-32g:4", {**LORA, "model.precision": "fp16"})),

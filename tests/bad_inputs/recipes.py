@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.bad_inputs.output_variants import write_large_model
 from tests.bad_inputs.place import SENTENCES, Place, alpaca_rows, chat_rows
-from tests.bad_inputs.scenario import Build, Control
+from tests.bad_inputs.scenario import OF_A_QUANTISED_BASE, Build, Control
 from zhibei.config.read import read_run, recipe_names
 
 NUM_ROWS = 5000
@@ -23,7 +23,7 @@ NOT_YET = {
     "alpaca-13b": ("gpu-memory-too-small",),
     "alpaca-7b-v100": ("gpu-memory-too-small",),
     "vicuna-13b": ("gpu-memory-too-small",),
-    "vicuna-7b-qlora": ("quantised-base-not-trained-here",),
+    "vicuna-7b-qlora": OF_A_QUANTISED_BASE,
 }
 SHORTER = ["sft.max_steps=2", "sft.global_batch=8", "data.validation=0.1", "data.max_tokens=256", "device=cpu"]
 

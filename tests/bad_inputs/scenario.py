@@ -6,6 +6,7 @@ with a text that points to neither, D crashes or says nothing. They come from re
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ GROUPS = {
     "s": "resume",
     "p": "machine",
 }
+# What is truly said of a run on a 4-bit base: this version does not train it, and its package may be absent.
+OF_A_QUANTISED_BASE = (
+    "quantised-base-not-trained-here",
+    *([] if importlib.util.find_spec("bitsandbytes") else ["bnb-cuda-binary-not-found"]),
+)
 OUR_FAULT = re.compile(r"This is our fault|Traceback \(most recent call last\)")
 DEFECT = re.compile(r"zhibei's own fault[^\n]*")
 REMEDY_LABEL = re.compile(r"to do:\s+\S")

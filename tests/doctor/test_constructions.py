@@ -87,6 +87,8 @@ def test_a_stored_inv_freq_changes_nothing_and_a_missing_weight_is_refused(tmp_p
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor"])
 def test_weight_decay_reaches_matrices_and_nothing_else_in_every_optimizer(name: str) -> None:
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     matrix, norm = (torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 64), (64,)))
     section = SftSection.model_validate({"optimizer": name, "weight_decay": 0.5})
     optimizer = make_optimizer({"matrix": matrix, "norm": norm}, section)
