@@ -29,8 +29,8 @@ GROUPS = {
 }
 # What is truly said of a run on a 4-bit base: this version does not train it, and its package may be absent.
 OF_A_QUANTISED_BASE = (
-    "quantised-base-not-trained-here",
     *([] if importlib.util.find_spec("bitsandbytes") else ["bnb-cuda-binary-not-found"]),
+    "quantised-base-not-trained-here",
 )
 OUR_FAULT = re.compile(r"This is our fault|Traceback \(most recent call last\)")
 DEFECT = re.compile(r"zhibei's own fault[^\n]*")
