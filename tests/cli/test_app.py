@@ -206,3 +206,13 @@ def test_an_error_whose_reader_has_gone_still_gives_its_exit_code():
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     assert process.wait() == 2
+
+
+@pytest.mark.parametrize(("words", "code"), [(["pitfalls"], 0), (["plan", "absent.yaml"], 2)])
+def test_a_reader_that_goes_away_changes_no_exit_code(words: list[str], code: int) -> None:
+    """As in `zhibei pitfalls | head -1`, with a reader that has gone before the first word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "zhibei", *words], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, b"Traceback" in done.stderr) == (code, False)

@@ -74,3 +74,9 @@ def test_what_cannot_be_planned_is_named(run_file, capsys, words, named):
     assert main(["plan", str(run_file), *words]) == 2
     shown = capsys.readouterr()
     assert named in shown.err + shown.out
+
+
+@pytest.mark.parametrize("price", ["-3", "nan", "inf"])
+def test_a_price_that_is_none_is_refused(price, run_file, capsys):
+    assert main(["plan", str(run_file), "--machine", "h200", "--price", price]) == 2
+    assert "--price" in capsys.readouterr().err

@@ -14,8 +14,18 @@ from rich.text import Text
 
 from zhibei.config.errors import OUR_FAULT, SeveralErrors, UserError
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class PatientConsole(Console):
+    """A console whose reader may go away (`| head`): the command goes on to its end, and its exit code tells."""
+
+    def on_broken_pipe(self) -> None:
+        """rich calls this, and would leave with exit code 1; a subclass is its documented way to differ."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+stdout = PatientConsole(highlight=False, soft_wrap=True)
+stderr = PatientConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def emit(value: Any, as_json: bool = False) -> None:

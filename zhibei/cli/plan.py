@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zhibei.cli import console
 from zhibei.cli.plan_text import lines
-from zhibei.config.errors import DONE, USER_MUST_ACT
+from zhibei.config.errors import DONE, USER_MUST_ACT, UserError
 from zhibei.config.read import read_run
 from zhibei.doctor.outlook import look_ahead
 
@@ -50,6 +50,12 @@ def plan(
     """
     from zhibei.doctor.facts.machine import machine_for
 
+    if price is not None and not 0 <= price < float("inf"):
+        raise UserError(
+            f"--price {price:g}",
+            expected="a price of one GPU for one hour: 0 or more",
+            fix="leave it out, or give a number such as --price 1.20",
+        )
     settings = read_run(run, overrides).run
     ahead = look_ahead(settings, machine_for(machine or None), sharding=sharding, offload=offload)
     if json:
