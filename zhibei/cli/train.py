@@ -85,11 +85,8 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     found = _checked(resolved, resumed, quiet=quiet, as_json=as_json)
     if found.blocks:
         return _refused(found, quiet=quiet, as_json=as_json)
-    # Torch is loaded only now: a run that is refused is refused within a second or two.
-    from zhibei.doctor.guard import keep_beside
-    from zhibei.doctor.watchdogs import watch_over
+    from zhibei.doctor.guard import train_watched
     from zhibei.train.beginning import run_dir_of
-    from zhibei.train.loops import train
 
     rehearsed = None
     if resumed is None and is_wanted(resolved):
@@ -98,9 +95,8 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     before = _stamp(run_dir)
     with ProgressLine(choose_mode(quiet=quiet, as_json=as_json)) as line:
         documents = {"check": found.as_dict(), "rehearsal": rehearsed}
-        keeping = keep_beside(documents, run_dir, line)
         try:
-            run_dir = train(resolved, watch=watch_over(resolved.run, also=keeping, resumed=resumed), resume=resumed)
+            run_dir = train_watched(resolved, documents, watch=line, resume=resumed)
         except BaseException:
             # The page of a run that stopped is worth having; what stopped it is what must be told. A run that was
             # refused before it went on keeps the page it has.

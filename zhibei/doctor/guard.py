@@ -36,12 +36,23 @@ def train_guarded(
         raise found.as_error()
     for record in warnings_of(found):
         watch(record)
+    return train_watched(resolved, {"check": found.as_dict()}, watch=watch, resume=resume, on_rows=on_rows)
+
+
+def train_watched(
+    resolved: ResolvedRun, documents: Mapping[str, dict[str, Any] | None], *, watch: Watch, **options: Any
+) -> RunDir:
+    """Train a run that was checked, under its watchdogs; `documents` (check, rehearsal) are kept in its directory.
+
+    `options` are `resume` and `on_rows` of training.
+    """
     # Torch is loaded only now: a run that is refused is refused within a second or two.
     from zhibei.doctor.watchdogs import watch_over
     from zhibei.train.loops import train
 
-    keeping = keep_beside({"check": found.as_dict()}, resume or run_dir_of(resolved.run), watch)
-    return train(resolved, watch=watch_over(resolved.run, also=keeping, resumed=resume), resume=resume, on_rows=on_rows)
+    resumed = options.get("resume")
+    keeping = keep_beside(documents, resumed or run_dir_of(resolved.run), watch)
+    return train(resolved, watch=watch_over(resolved.run, also=keeping, resumed=resumed), **options)
 
 
 def warnings_of(found: Checkup) -> list[dict[str, Any]]:
