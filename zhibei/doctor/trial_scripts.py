@@ -193,9 +193,12 @@ def quantise(spec: Spec) -> Said:
     """bitsandbytes: 4-bit values there and back, and one step of its 8-bit AdamW."""
     import torch
 
+    from zhibei.text.hub import no_fetched_kernels
+
     try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports] (optional)
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # pyright: ignore[reportMissingImports]
+        with no_fetched_kernels():
+            import bitsandbytes  # pyright: ignore[reportMissingImports] (optional)
+            from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise NotHereError(f'{error} (pip install "zhibei[bnb]" for quantised bases and 8-bit optimisers)') from None
     device = torch.device(spec["device"])

@@ -30,7 +30,10 @@ IMPORT_SECONDS = 120.0
 # transformers imports these by itself when they are installed, so that a broken one breaks models that do not use it.
 RISKY = ("flash_attn", "flash_attn_interface", "torchvision", "torchaudio", "xformers", "apex")
 IMPORT_MODELS = "from transformers import PreTrainedModel; import transformers.models.llama.modeling_llama"
+# Without `kernels`, for the reason given at zhibei.text.hub.no_fetched_kernels.
 QUANTISE = """
+import sys
+sys.modules["kernels"] = None
 import torch, bitsandbytes
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit, quantize_blockwise
 places = ["cuda"] if torch.cuda.is_available() else ["cpu"]
