@@ -19,7 +19,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 INTERPRETERS = ("python3.10", "python3.11", "python3.13")
 TORCH = "torch==2.13.0"
-GROUPS = {"requirements.lock": ".", "requirements-dev.lock": ".[test]"}
+GROUPS = {"requirements.lock": ".[gguf,serve]", "requirements-dev.lock": ".[test]"}
 HEADER = "# Made by scripts/lock.py from pyproject.toml; do not edit.\n"
 # Follow from torch's own exact pins, and differ between its CPU and CUDA builds.
 LEFT_TO_TORCH = re.compile(r"^(nvidia-|triton|cuda-)")

@@ -1,0 +1,1 @@
+"""Models handed on: merged, written for other programs, and proved to be what was trained."""
