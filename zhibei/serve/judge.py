@@ -18,7 +18,7 @@ from zhibei.data.encode import with_system
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
 from zhibei.model.score_model import load_score_model_for_inference, row_scores
-from zhibei.serve.chat import choose_template, tokenizer_place
+from zhibei.model.wording import choose_template, tokenizer_place
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
