@@ -1,0 +1,67 @@
+"""How far a merged, rewritten or quantised model may be from what it was made of, kind by kind, and why.
+
+The figures of quantised kinds rest on the table of llama.cpp's own measurements for LLaMA 3 8B against FP16
+(https://github.com/ggml-org/llama.cpp/blob/master/tools/perplexity/README.md: mean KL of q8_0 0.0014, q6_K 0.0055,
+q5_K_M 0.0108, q4_K_M 0.031, q4_0 0.072). Smaller models lose more, so limits lie at several times these: they catch
+a wrong layout, a lost tensor or a wrong template, which give nats, and not the loss that a kind is known to bring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zhibei.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The worst that passes. `perplexity_change` is relative to the reference."""
+
+    kl_mean: float
+    top1_agreement: float
+    perplexity_change: float
+    reason: str
+
+
+_SAME = "the same numbers in another file: only the order of additions may differ"
+_ROUNDED = "weights rounded once to 16 bits: far below what a wrong scale, a lost adapter or a swapped matrix does"
+
+LIMITS: dict[str, Limits] = {
+    "same": Limits(1e-5, 0.995, 0.001, _SAME),
+    "f32": Limits(1e-4, 0.99, 0.001, f"{_SAME}, in another program"),
+    "merge": Limits(0.005, 0.97, 0.01, _ROUNDED),
+    "bf16": Limits(0.005, 0.97, 0.01, _ROUNDED),
+    "f16": Limits(0.005, 0.97, 0.01, _ROUNDED),
+    "q8_0": Limits(0.01, 0.96, 0.02, "8-bit blocks: q8_0 costs about 0.001 nats on 8B models"),
+    "q6_k": Limits(0.03, 0.93, 0.03, "6-bit blocks: about 0.005 nats on 8B models, several times that on small ones"),
+    "q5_k": Limits(0.06, 0.90, 0.05, "5-bit blocks: about 0.011 nats on 8B models, several times that on small ones"),
+    "q4_k": Limits(0.15, 0.85, 0.12, "4-bit blocks: about 0.03 nats on 8B models, several times that on small ones"),
+    "q4_0": Limits(0.30, 0.80, 0.25, "4 bits with one scale in 32: about 0.07 nats on 8B models, more on small ones"),
+    "iq4": Limits(0.20, 0.83, 0.15, "4-bit table with an importance matrix: about 0.03 nats on 8B models"),
+    "q3_k": Limits(0.40, 0.75, 0.35, "3-bit blocks: about 0.1 nats on 8B models"),
+    "iq3": Limits(0.50, 0.72, 0.45, "3-bit table with an importance matrix: above 0.1 nats on 8B models"),
+    "q2_k": Limits(1.20, 0.55, 1.50, "2-bit blocks: about 0.4 nats on 8B models; a lost layer still gives several"),
+    "iq2": Limits(1.20, 0.55, 1.50, "2-bit table with an importance matrix: a lost layer still gives several nats"),
+    "int8": Limits(0.05, 0.92, 0.05, "LLM.int8 keeps outliers in 16 bits: some hundredths of a nat"),
+    "nf4": Limits(0.20, 0.83, 0.15, "4-bit NormalFloat: some hundredths of a nat on 7B models, more on small ones"),
+}
+
+
+def limits_for(kind: str) -> Limits:
+    """The limits of a kind, e.g. "merge", "bf16", "q8_0", "q4_k_m", "iq4_xs". Raises UserError for an unknown one."""
+    wanted = kind.lower().replace("-", "_")
+    for name in (wanted, "_".join(wanted.split("_")[:2]), wanted.split("_")[0]):
+        if name in LIMITS:
+            return LIMITS[name]
+    raise UserError(
+        f"no limits are known for {kind!r}",
+        expected=f"one of {', '.join(LIMITS)}, or a variant of one such as q4_k_m",
+        fix="name the kind that it is compared as",
+        where="--kind",
+    )
+
+
+def loosest(kinds: Sequence[str]) -> Limits:
+    """The limits of whichever of several kinds may lose most."""
+    return max((limits_for(kind) for kind in kinds), key=lambda limits: limits.kl_mean)
