@@ -151,6 +151,18 @@ def open_speaker(
     Raises UserError when something is missing (the folder, an adapter's base, a template), and when tokenizer, template
     or base are no longer those that the run's manifest names.
     """
+    _, tokenizer, chosen, notes = wording_of(path, base=base, template=template)
+    model = load_for_inference(path, device=device, precision=precision, base=base)
+    return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes)
+
+
+def wording_of(
+    path: str, *, base: str | None = None, template: str | None = None
+) -> tuple[Located, Tokenizer, Template, tuple[str, ...]]:
+    """What lies at a path, with its tokenizer, its template and what a person should know; reads no weights.
+
+    Raises UserError as `open_speaker`.
+    """
     found = locate(path, base=base)
     if holds_scores(found):
         raise UserError(
@@ -164,8 +176,7 @@ def open_speaker(
     if found.run is not None:
         require_as_trained(found.run, tokenizer, asked=template)
     chosen, notes = choose_template(found, tokenizer, asked=template)
-    model = load_for_inference(path, device=device, precision=precision, base=base)
-    return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes)
+    return found, tokenizer, chosen, notes
 
 
 def open_base(speaker: Speaker, *, device: str = "auto", precision: str = "auto", base: str | None = None) -> Speaker:
