@@ -258,6 +258,26 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files) + len(self.tied)
 
+    def read_unmapped(self, name: str) -> torch.Tensor:
+        """One tensor by ordinary reads. Nothing of its file stays in memory beside it, as pages of a mapping would."""
+        name = self.tied.get(name, name)
+        path, entry = self._files[name], self._entries[name]
+        values = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(read_header(path).data_start + entry.start)
+            view, num_read = memoryview(values.numpy()), 0
+            while num_read < len(view):
+                more = file.readinto(view[num_read:])
+                if not more:
+                    raise UserError(
+                        f"tensor {name} ends early",
+                        expected="a complete safetensors file",
+                        fix="fetch the file again",
+                        where=str(path),
+                    )
+                num_read += more
+        return values.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
     def spec(self, name: str) -> TensorEntry:
         """dtype, shape and place of a tensor, without reading it."""
         return self._entries[self.tied.get(name, name)]

@@ -13,7 +13,6 @@ from zhibei.data.prepared_cache import cache_root
 from zhibei.doctor.facts.embedding_rows import norms_of_rows
 from zhibei.doctor.facts.generation_rules import generation_fault
 from zhibei.doctor.facts.places import folder_of
-from zhibei.doctor.facts.tensor_names import embedding_name, head_name, linear_names, main_dtype, module_names
 from zhibei.doctor.facts.weight_scan import scan_weights
 from zhibei.model.locate import locate
 from zhibei.plan.shapes import ModelShape, read_shape
@@ -22,6 +21,7 @@ from zhibei.store.headers import read_header
 from zhibei.store.manifest import model_fingerprint, read_manifest
 from zhibei.store.model_folder import PICKLE_SUFFIXES, shape_problems
 from zhibei.store.run_dir import RunDir
+from zhibei.store.tensor_names import embedding_name, head_name, linear_names, main_dtype, module_names
 from zhibei.store.weights import inspect_weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"

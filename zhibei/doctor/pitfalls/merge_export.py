@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from zhibei.doctor.facts.facts import Facts
-from zhibei.doctor.facts.tensor_names import embedding_name
 from zhibei.doctor.pitfall import Finding, pitfall
+from zhibei.store.tensor_names import embedding_name
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "wordembeddings")
 HEADS = ("lm_head", "embed_out", "output_layer", "output", "head")
