@@ -114,7 +114,7 @@ def test_an_adapter_merged_at_load_gives_the_logits_of_base_and_adapter(tmp_path
 def test_nothing_is_merged_into_a_quantised_base(tmp_path):
     run_dir = train(small_run(tmp_path, *SHORT, "model.method=lora"))
     need = Need(torch.device("cpu"), "fp32", packing=False, longest_row=64)
-    with pytest.raises(UserError, match="quantised bases"):
+    with pytest.raises(UserError, match="trains every weight"):
         load_for_training(ModelSection(path=str(run_dir.path), quantize="int8"), LoraSection(), need)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from zhibei.model.device import DTYPES, choose_device, choose_precision
 from zhibei.model.language_model import LanguageModel, check_head
 from zhibei.model.locate import Located, locate
 from zhibei.model.lora import add_adapters, read_adapter
+from zhibei.model.quantized import QuantizeKind, is_quantized, packing_of, put_own_layers
 from zhibei.store.manifest import require_base
 from zhibei.text.hub import hub_options, silence
 
@@ -41,7 +42,7 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
     """
     hf, name = load_base(section, lora, need)
     refuse_scores(hf, section.path)
-    if section.method == "lora":
+    if section.method != "full":
         hf = add_adapters(hf, lora, seed=need.seed)
     model = LanguageModel(hf, attention_name=name, longest_row=need.longest_row, neftune_alpha=need.neftune_alpha)
     make_ready(model, need)
@@ -63,27 +64,29 @@ def refuse_scores(hf: Any, path: str) -> None:
 def load_base(section: ModelSection, lora: LoraSection, need: Need) -> tuple[Any, str]:
     """The transformers model that training begins with, an adapter of model.path merged into it, and the name of its
     attention. Raises UserError as `load_for_training`."""
-    if section.method == "qlora" or section.quantize != "none":
-        raise UserError(
-            f"model.method: {section.method}, quantize: {section.quantize}: quantised bases cannot be trained yet",
-            expected="method full or lora in this version",
-            fix="set model.method: lora and model.quantize: none",
-            where="model.method",
-        )
     attention.register()
     found = locate(section.path)
-    if found.adapter is not None and section.method == "lora":
+    has_adapters = section.method != "full"
+    if found.adapter is not None and has_adapters:
         raise UserError(
             f"model.path {section.path} is an adapter on {found.weights}",
             expected="a base model under model.path, and the adapter to continue under lora.adapter",
             fix=f"set model.path: {found.weights} and lora.adapter: {found.adapter}",
             where="model.path",
         )
-    for adapter in (found.adapter, Path(lora.adapter) if section.method == "lora" and lora.adapter else None):
+    for adapter in (found.adapter, Path(lora.adapter) if has_adapters and lora.adapter else None):
         if adapter is not None:
             require_base(adapter, Path(found.weights))
     name = choose_attention(section.attention, need)
     hf = load_weights(found, section, need, attention_name=name)
+    if not has_adapters and is_quantized(hf):
+        raise UserError(
+            f"{section.path} is held in few bits, and model.method: full trains every weight",
+            expected="16-bit weights for full training and for merging an adapter, or adapters on the packed base",
+            fix="set model.method: qlora, or remove model.quantize and name a folder with 16-bit weights",
+            where="model.method",
+            pitfall="full-training-of-a-quantised-base",
+        )
     return (hf if found.adapter is None else _merged(hf, found.adapter)), name
 
 
@@ -103,13 +106,22 @@ def make_ready(model: LanguageModel, need: Need) -> None:
 
 
 def load_for_inference(
-    path: str, *, device: str = "auto", precision: str = "auto", base: str | None = None
+    path: str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    base: str | None = None,
+    quantize: QuantizeKind = "none",
 ) -> LanguageModel:
-    """A run directory, Hugging Face folder, hub id or adapter folder, ready to sample from."""
+    """A run directory, Hugging Face folder, hub id or adapter folder, ready to sample from.
+
+    `quantize` holds the weights (under an adapter: its base) as int8 or nf4; a folder that is stored so needs no word.
+    Raises UserError as `load_for_training`.
+    """
     place = choose_device(device)
     found = locate(path, base=base)
     need = Need(device=place, precision=choose_precision(precision, place), packing=False, longest_row=0)
-    hf = load_weights(found, ModelSection(path=path), need, attention_name="auto")
+    hf = load_weights(found, ModelSection(path=path, quantize=quantize), need, attention_name="auto")
     refuse_scores(hf, path)
     if found.adapter is not None:
         require_base(found.adapter, Path(found.weights))
@@ -157,16 +169,19 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
         config = AutoConfig.from_pretrained(found.weights, **options)
         _apply_rope_scaling(config, section, need)
         kind = AutoModelForSequenceClassification if is_score_config(config.to_dict()) else AutoModelForCausalLM
-        loaded: Any = kind.from_pretrained(
-            found.weights,
-            config=config,
-            dtype=DTYPES[need.precision],
-            attn_implementation=_their_attention(config, attention_name),
-            device_map={"": need.device},
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        packing = packing_of(section, config, found.weights)
+        with packing.watched() as finite:
+            loaded: Any = kind.from_pretrained(
+                found.weights,
+                config=config,
+                dtype=DTYPES[need.precision],
+                attn_implementation=_their_attention(config, attention_name),
+                device_map={"": need.device},
+                use_safetensors=True,
+                output_loading_info=True,
+                **packing.options,
+                **options,
+            )
         hf, info = loaded
     except UserError:
         raise
@@ -175,7 +190,9 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     if attention_name in _OURS:
         hf.config._attn_implementation = attention_name
     _check_complete(found.weights, info)
-    check_finite(hf, found.weights)
+    if packing.kind != "none":
+        put_own_layers(hf, DTYPES[need.precision])
+    check_finite(hf, found.weights, packed=finite)
     return hf
 
 
@@ -261,9 +278,13 @@ def _check_complete(weights: str, info: dict[str, Any]) -> None:
             )
 
 
-def check_finite(hf: torch.nn.Module, weights: str) -> None:
-    """Every weight must be finite: a single NaN makes every loss NaN, hours later. Raises UserError."""
+def check_finite(hf: torch.nn.Module, weights: str, *, packed: Sequence[torch.Tensor] = ()) -> None:
+    """Every weight must be finite: a single NaN makes every loss NaN, hours later. Raises UserError.
+
+    `packed`: what was seen of each matrix when it was quantised, which hides NaN for good.
+    """
     flags = {name: torch.isfinite(parameter).all() for name, parameter in hf.named_parameters()}
+    flags |= {f"matrix {number + 1} of those that were quantised": flag for number, flag in enumerate(packed)}
     bad = [name for name, flag in flags.items() if not bool(flag)]
     if bad:
         raise UserError(

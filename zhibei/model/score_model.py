@@ -34,7 +34,7 @@ def load_score_model(section: ModelSection, lora: LoraSection, need: Need) -> La
     The head is fp32. It begins as N(0, 1 / (D + 1)) (arXiv:2009.01325, appendix B.1). Raises UserError as
     `load_for_training`, and for families that transformers has no sequence classifier for.
     """
-    if section.method == "lora" and lora.adapter is not None and not _scores(Path(lora.adapter)):
+    if section.method != "full" and lora.adapter is not None and not _scores(Path(lora.adapter)):
         raise UserError(
             f"lora.adapter {lora.adapter} is the adapter of a language model",
             expected="an adapter of a reward model, or fresh adapters",
@@ -43,7 +43,7 @@ def load_score_model(section: ModelSection, lora: LoraSection, need: Need) -> La
         )
     hf, name = load_base(section, lora, need)
     hf = as_score_model(hf, locate(section.path), seed=need.seed)
-    if section.method == "lora":
+    if section.method != "full":
         hf = add_adapters(hf, lora, seed=need.seed, task="SEQ_CLS")
     model = wrapped(hf, name, longest_row=need.longest_row)
     make_ready(model, need)
