@@ -12,9 +12,10 @@ import torch
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from zhibei.config.errors import UserError
 from zhibei.generate.draws import uniform
+from zhibei.generate.engine import STEPS_IN_FLIGHT
 from zhibei.generate.filters import draw, shape_scores
 from zhibei.generate.options import SamplingOptions
-from zhibei.generate.sampler import _STEPS_BETWEEN_LOOKS, Answer, generate, stream
+from zhibei.generate.sampler import Answer, generate, stream
 from zhibei.model.answering import answering
 
 TOKENIZER = tiny_tokenizer()
@@ -92,7 +93,7 @@ def test_looking_at_tokens_less_often_changes_nothing(monkeypatch):
     prompts = [*PROMPTS, [1] + [40 + index % 50 for index in range(249)]]
     options = SamplingOptions(max_new_tokens=20, temperature=1.0, seed=1, overflow="fewer_tokens")
     often = generate(model, prompts, options=options, stop_ids=[2, 9, 30], decode=decode)
-    monkeypatch.setitem(_STEPS_BETWEEN_LOOKS, "cpu", 8)
+    monkeypatch.setitem(STEPS_IN_FLIGHT, "cpu", 4)
     rarely = generate(model, prompts, options=options, stop_ids=[2, 9, 30], decode=decode)
     assert [(a.tokens, a.finish, a.text) for a in often] == [(a.tokens, a.finish, a.text) for a in rarely]
 

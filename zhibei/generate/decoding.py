@@ -1,132 +1,160 @@
-"""One token after another for a batch of prompts, with a key-value cache. Knows no stops and no text."""
+"""Roads from tokens to the logits of the next ones: transformers' forward pass over slots, or one answer at a time.
+
+Knows models and caches, no sampling. Dimensions: B rows, T tokens, C columns, D hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from zhibei.generate.draws import uniform
-from zhibei.generate.filters import draw, shape_scores
-from zhibei.generate.options import SamplingOptions
+from zhibei.generate.cache import SlotCache, StepView
+from zhibei.generate.families import mask_kinds, takes_mask_by_layer
 from zhibei.model.answering import plain_model
-
-_DRAWS_AHEAD = 64
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One new token of each row, with its log-probability when drawn and under the model itself (fp32)."""
-
-    tokens_B: torch.Tensor
-    logps_B: torch.Tensor
-    model_logps_B: torch.Tensor
+from zhibei.model.language_model import head_shape
 
 
-class Decoding:
-    """A batch under way. `step()` draws the next token of every row, `keep()` drops rows that have ended.
+class Road(Protocol):
+    """How logits come to be. Rows that a step runs on are always the first ones."""
 
-    Prompts of unequal length are padded on the left and masked, with positions counted from each row's first token, so
-    a row's tokens do not depend on the rows beside it. `rows` are the numbers that the draws of each row depend on.
-    """
+    name: str
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        *,
-        options: SamplingOptions,
-        rows: Sequence[int],
-        pad_id: int,
-    ) -> None:
-        from transformers import DynamicCache
+    def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Read whole prompts into these slots; fp32 logits [B, V] of the tokens that follow them."""
+        ...
 
-        self._model, self._options, self._rows = model, options, list(rows)
-        self.device = model.get_input_embeddings().weight.device
+    def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, *, columns: int) -> torch.Tensor:
+        """Read one token of each of the first B slots, at its position; fp32 logits [B, V] of what follows. `columns`
+        is one more than the highest position."""
+        ...
+
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        """The answer in one slot goes on in another."""
+        ...
+
+
+class AloneRoad:
+    """Each answer with a cache of transformers of its own, one after the other: right for every family."""
+
+    name = "alone"
+
+    def __init__(self, model: Any, slots: int) -> None:
+        self._model = model
         accepted = inspect.signature(plain_model(model).forward).parameters
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._takes_positions = "position_ids" in accepted
-        self._cache = DynamicCache(config=model.config)
-        self._last_position = (context_tokens(model) or 2**31) - 1
+        self._caches: list[Any] = [None] * slots
+
+    def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        device = self._model.get_input_embeddings().weight.device
+        logits = []
+        for prompt, slot in zip(prompts, slots, strict=True):
+            self._caches[slot] = DynamicCache(config=plain_model(self._model).config)
+            tokens_1T = torch.tensor([prompt], device=device)
+            logits.append(self._read(tokens_1T, torch.arange(len(prompt), device=device)[None], slot))
+        return torch.cat(logits)
+
+    def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, *, columns: int) -> torch.Tensor:
+        del columns
+        pairs = zip(tokens_B.view(-1, 1, 1), positions_B.view(-1, 1, 1), strict=True)
+        return torch.cat(
+            [self._read(token_11, position_11, slot) for slot, (token_11, position_11) in enumerate(pairs)]
+        )
+
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        del num_tokens
+        self._caches[target], self._caches[source] = self._caches[source], None
+
+    def _read(self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, slot: int) -> torch.Tensor:
+        positions = {"position_ids": positions_1T} if self._takes_positions else {}
+        output = self._model(
+            input_ids=tokens_1T, past_key_values=self._caches[slot], use_cache=True, **positions, **self._only_last
+        )
+        return output.logits[:, -1].float()
+
+
+class SlotRoad:
+    """transformers' forward pass over the slots of one static cache, masks and positions given by us."""
+
+    name = "slots"
+
+    def __init__(self, model: Any, cache: SlotCache, kinds: Sequence[str], *, pad_id: int) -> None:
+        self._inner = plain_model(model)
+        self._body, self._head = self._inner.base_model, self._inner.get_output_embeddings()
+        self._shape = head_shape(self._inner.config)
+        self._cache, self._kinds, self._pad_id = cache, kinds, pad_id
+        self._window = getattr(self._inner.config, "sliding_window", None)
+        self._device = self._inner.get_input_embeddings().weight.device
+
+    def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Prompts of unequal length are padded on the right: nothing before the padding looks at it."""
+        from transformers import DynamicCache
+
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
-        padded = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self._next_BT = torch.tensor(padded, device=self.device)
-        self._lengths_B = torch.tensor(lengths, device=self.device)
-        columns_T = torch.arange(longest, device=self.device)
-        self._mask_BT = columns_T >= longest - self._lengths_B.unsqueeze(1)
-        self._is_padded = min(lengths) < longest
-        self._positions_BT = (columns_T - (longest - self._lengths_B).unsqueeze(1)).clamp(min=0)
-        self._seen_BV: torch.Tensor | None = None
-        self._num_drawn = 0
-        self._uniform_BT = torch.empty(len(prompts), 0, dtype=torch.float64)
+        padded = [prompt + [self._pad_id] * (longest - len(prompt)) for prompt in prompts]
+        tokens_BT = torch.tensor(padded, device=self._device)
+        positions_1T = torch.arange(longest, device=self._device)[None]
+        read: Any = DynamicCache()
+        output = self._body(input_ids=tokens_BT, position_ids=positions_1T, past_key_values=read, use_cache=True)
+        self._cache.reserve(longest)
+        self._cache.write_prompts(slots, [(layer.keys, layer.values) for layer in read.layers])
+        last_B = torch.tensor(lengths, device=self._device) - 1
+        rows_B = torch.arange(len(prompts), device=self._device)
+        return self.logits(output.last_hidden_state[rows_B, last_B])
 
-    @torch.no_grad()
-    def step(self) -> Drawn:
-        """Run the model on what is new (the prompts, then one token a row) and draw each row's next token."""
-        inputs: dict[str, Any] = {"input_ids": self._next_BT, "past_key_values": self._cache, "use_cache": True}
-        if self._is_padded:
-            inputs["attention_mask"] = self._mask_BT.long()
-        if self._takes_positions:
-            inputs["position_ids"] = self._positions_BT
-        logits_BV = self._model(**inputs, **self._only_last).logits[:, -1].float()
-        drawn = self._draw(logits_BV)
-        self._next_BT = drawn.tokens_B.unsqueeze(1)
-        # Rows that have ended may run on beyond the context for a while; their tokens are not used.
-        self._positions_BT = (self._lengths_B + self._num_drawn).clamp(max=self._last_position).unsqueeze(1)
-        self._mask_BT = torch.nn.functional.pad(self._mask_BT, (0, 1), value=True)
-        self._num_drawn += 1
-        return drawn
+    def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, *, columns: int) -> torch.Tensor:
+        self._cache.reserve(columns)
+        output = self._body(
+            input_ids=tokens_B.unsqueeze(1),
+            position_ids=positions_B.unsqueeze(1),
+            past_key_values=StepView(self._cache, positions_B, columns=columns),
+            attention_mask=self._masks(positions_B, columns),
+            use_cache=True,
+        )
+        return self.logits(output.last_hidden_state[:, 0])
 
-    def keep(self, indexes: Sequence[int]) -> None:
-        """Go on with these rows only, given by their place in the batch."""
-        index_B = torch.tensor(list(indexes), device=self.device)
-        self._cache.batch_select_indices(index_B)
-        self._rows = [self._rows[index] for index in indexes]
-        self._next_BT, self._lengths_B = self._next_BT[index_B], self._lengths_B[index_B]
-        self._mask_BT, self._positions_BT = self._mask_BT[index_B], self._positions_BT[index_B]
-        self._uniform_BT = self._uniform_BT[index_B.to(self._uniform_BT.device)]
-        if self._seen_BV is not None:
-            self._seen_BV = self._seen_BV[index_B]
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        self._cache.move(source, target, num_tokens=num_tokens)
 
-    def _draw(self, logits_BV: torch.Tensor) -> Drawn:
-        if self._options.repetition_penalty != 1:
-            self._mark_seen(logits_BV)
-        scores_BV = shape_scores(logits_BV, self._options, self._seen_BV)
-        sums_B = logits_BV.logsumexp(dim=-1)
-        if self._options.temperature == 0:
-            tokens_B = scores_BV.argmax(dim=-1)
-            logps_B = torch.zeros_like(sums_B)  # the only possible choice has probability 1
-        else:
-            tokens_B = draw(scores_BV, self._next_uniform())
-            logps_B = _of(scores_BV, tokens_B) - scores_BV.logsumexp(dim=-1)
-        return Drawn(tokens_B, logps_B, _of(logits_BV, tokens_B) - sums_B)
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, as the model itself gives them."""
+        logits_BV = self._head(hidden_BD).float() * self._shape.scale
+        cap = self._shape.softcap
+        return logits_BV if cap is None else cap * torch.tanh(logits_BV / cap)
 
-    def _next_uniform(self) -> torch.Tensor:
-        place = self._num_drawn % _DRAWS_AHEAD
-        if place == 0:
-            self._uniform_BT = uniform(self._options.seed, self._rows, start=self._num_drawn, count=_DRAWS_AHEAD).to(
-                self.device
-            )
-        return self._uniform_BT[:, place]
+    def _masks(self, positions_B: torch.Tensor, columns: int) -> Any:
+        """What each row may look at: its own columns up to its position, and no further back than its window."""
+        columns_C = torch.arange(columns, device=self._device)
+        distance_BC = positions_B.unsqueeze(1) - columns_C
+        masks = {}
+        for kind in self._kinds:
+            visible_BC = distance_BC >= 0
+            if kind == "sliding_attention" and self._window is not None:
+                visible_BC = visible_BC & (distance_BC < self._window)
+            masks[kind] = self._as_given(visible_BC[:, None, None, :])
+        return masks if takes_mask_by_layer(self._inner.config) else masks[self._kinds[0]]
 
-    def _mark_seen(self, logits_BV: torch.Tensor) -> None:
-        """Note prompt and drawn tokens. Padding is not part of a row: it goes into a column that is cut off again."""
-        vocabulary = logits_BV.shape[-1]
-        if self._seen_BV is None:
-            self._seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-            new_BT = self._next_BT.masked_fill(~self._mask_BT, vocabulary)
-        else:
-            new_BT = self._next_BT
-        wide_BV = torch.nn.functional.pad(self._seen_BV, (0, 1)).scatter(1, new_BT, True)
-        self._seen_BV = wide_BV[:, :vocabulary]
+    def _as_given(self, visible: torch.Tensor) -> torch.Tensor:
+        """Plain attention adds its mask to the scores; the fused one takes truth values."""
+        if self._inner.config._attn_implementation == "sdpa":
+            return visible
+        dtype = self._inner.get_input_embeddings().weight.dtype
+        lowest = torch.finfo(dtype).min
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
 
 
-def _of(scores_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
-    return scores_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1)
+def road_of(model: Any, *, slots: int, columns: int, pad_id: int) -> Road:
+    """The fastest road that this model can take. The model must be set up to answer (`model.answering`)."""
+    kinds = mask_kinds(plain_model(model).config)
+    if kinds is None:
+        return AloneRoad(model, slots)
+    return SlotRoad(model, SlotCache(slots, columns), kinds, pad_id=pad_id)
 
 
 def context_tokens(model: Any) -> int | None:
