@@ -14,6 +14,8 @@ from zhibei.config.run import DataSection, LoraSection, ModelSection, RunFile
 
 GOOD = "model: {path: m}\ndata: {sources: [a.json]}\n"
 
+OF_FOUR = ["raft.answers_per_prompt=4", "raft.keep_share=0.375", "raft.global_batch=96"]
+
 # (the field that is objected to, settings that break the rule, settings that keep it); in the order of GENERAL_RULES.
 CASES = [
     ("lora.rank", ["lora.rank=8"], ["lora.rank=8", "model.method=lora"]),
@@ -52,6 +54,26 @@ CASES = [
         "grpo.answers_per_prompt",
         ["stage=grpo", "grpo.answers_per_prompt=1"],
         ["stage=grpo", "grpo.answers_per_prompt=1", "grpo.method=reinforce++"],
+    ),
+    (
+        "ppo.critic_from",
+        ["stage=ppo", "ppo.critic_from=reward_model"],
+        ["stage=ppo", "ppo.critic_from=reward_model", "ppo.reward_model=judge"],
+    ),
+    (
+        "ppo.missing_terminator_penalty",
+        ["stage=ppo", "ppo.missing_terminator_penalty=1", "ppo.truncated=bootstrap"],
+        ["stage=ppo", "ppo.missing_terminator_penalty=1"],
+    ),
+    (
+        "raft.keep_share",
+        ["stage=raft", *OF_FOUR],
+        ["stage=raft", *OF_FOUR, "raft.compare=iteration"],
+    ),
+    (
+        "raft.answers_per_prompt",
+        ["stage=raft", "raft.answers_per_prompt=6", "raft.keep_share=0.5"],
+        ["stage=raft", "raft.answers_per_prompt=6", "raft.keep_share=0.5", "raft.global_batch=96"],
     ),
     ("data.packing", ["data.packing=false", "stage=ppo"], ["data.packing=false", "stage=dpo"]),
     (

@@ -18,7 +18,7 @@ from zhibei.generate.rollouts import Rollout
 from zhibei.model.load import load_for_inference
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
-from zhibei.train import grpo, policy_run, ppo
+from zhibei.train import grpo, iteration, ppo
 from zhibei.train.collect import Collected
 from zhibei.train.experience import rows_of
 from zhibei.train.loops import train
@@ -40,7 +40,7 @@ def iterations(run_dir: RunDir) -> dict[int, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize(("stage", "method"), [("ppo", "lora"), ("ppo", "full"), ("grpo", "lora")])
+@pytest.mark.parametrize(("stage", "method"), [("ppo", "lora"), ("ppo", "full"), ("grpo", "lora"), ("raft", "lora")])
 def test_a_resumed_run_has_the_rewards_it_would_have_had(stage: str, method: str, tmp_path: Path) -> None:
     more = [f"ppo.{name}={value}" for name, value in CUTS.items()] if stage == "ppo" else []
     whole = train(small_policy(tmp_path, stage, *more, "name=whole", method=method))
@@ -78,12 +78,13 @@ def test_a_finished_run_is_a_model_and_its_records_are_whole(tmp_path: Path) -> 
     finished = json.loads(run_dir.manifest.read_text())["finished"]
     rewards = [r["reward_mean"] for r in records if r["kind"] == "evaluation"]
     assert finished["best_heldout_reward"] == pytest.approx(max(rewards))
-    assert finished["heldout"]["reward_mean"] == rewards[-1]
+    assert finished["heldout"]["reward_mean"] == rewards[finished["model_step"]]
+    assert finished["model_step"] == (max(range(4), key=rewards.__getitem__) or 3)
     assert all(proof["passed"] for proof in json.loads(run_dir.proofs.read_text()))
 
 
 def test_what_is_wrong_before_learning_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = policy_run.probe_before_learning
+    real = iteration.probe_before_learning
 
     def spoiled(field: str) -> Any:
         def probe(going: Any, collected: Collected) -> None:
@@ -99,7 +100,7 @@ def test_what_is_wrong_before_learning_stops_the_run(tmp_path: Path, monkeypatch
             "old_logps_BT": "the ratio to itself is not 1",
         }.items()
     ):
-        monkeypatch.setattr(ppo, "probe_before_learning", spoiled(field))
+        monkeypatch.setattr(iteration, "probe_before_learning", spoiled(field))
         with pytest.raises(RunStopped, match=said):
             train(small_policy(tmp_path, "ppo", f"name=spoiled{number}"))
 

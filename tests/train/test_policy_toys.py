@@ -18,10 +18,16 @@ CASES = {
     "dr_grpo": ("grpo", "lora", ["method=dr_grpo"]),
     "rloo": ("grpo", "lora", ["method=rloo"]),
     "reinforce++": ("grpo", "lora", ["method=reinforce++"]),
+    "raft": ("raft", "lora", ["global_batch=4", "answers_per_prompt=8"]),
+    "raft over the iteration": (
+        "raft",
+        "full",
+        ["global_batch=4", "compare=iteration", "keep_share=0.25", "learning_rate=5e-3"],
+    ),
 }
 
 
-SLOW = ("dr_grpo", "reinforce++")
+SLOW = ("dr_grpo", "reinforce++", "raft over the iteration")
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])

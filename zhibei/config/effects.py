@@ -5,10 +5,10 @@ One rule per entry of RULES; each has a broken and a healthy case in tests/confi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from zhibei.config.policy_rules import POLICY_RULES
+from zhibei.config.rules import Misfit, Rule, conflict, no_effect, training
 from zhibei.config.yaml_tree import KeyPath
 
 if TYPE_CHECKING:
@@ -16,41 +16,13 @@ if TYPE_CHECKING:
 
     from zhibei.config.run import RunFile, TrainingSection
 
-STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo", "raft")
 """What a run can do; each has a section of its own name in the run file."""
 
 LEARN_FROM_ROWS = ("sft", "reward", "dpo")
 """Stages whose rows are there before they begin, and are packed."""
 
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz")
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """`find` gives those of the `watches` fields that `cause` leaves idle (or contradicts); `why` and `fix` say so."""
-
-    watches: tuple[KeyPath, ...]
-    find: Callable[[RunFile], list[KeyPath]]
-    cause: KeyPath
-    why: str
-    fix: str
-    is_conflict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Misfit:
-    """One field that a rule objects to."""
-
-    field: KeyPath
-    rule: Rule
-
-
-class PartsDoNotFit(ValueError):
-    """Each field is fine by itself; together they are not. Carries every misfit at once."""
-
-    def __init__(self, misfits: Iterable[Misfit]) -> None:
-        self.misfits = tuple(misfits)
-        super().__init__("; ".join(f"{_dotted(m.field)}: {m.rule.why} ({m.rule.fix})" for m in self.misfits))
 
 
 def misfits_of(run: RunFile) -> list[Misfit]:
@@ -63,32 +35,6 @@ def misfits_of(run: RunFile) -> list[Misfit]:
 def fields_without_effect(run: RunFile) -> dict[KeyPath, str]:
     """Every field that does nothing in this run, set or not, with the reason."""
     return {field: rule.why for rule in RULES if not rule.is_conflict for field in rule.find(run)}
-
-
-def _rule(applies: Callable[[RunFile], bool], fields: str, cause: str, *, why: str, fix: str) -> Rule:
-    """A rule under which all of these fields (names with spaces between) are idle, or none is."""
-    paths = tuple(tuple(field.split(".")) for field in fields.split())
-    return Rule(paths, lambda run: list(paths) if applies(run) else [], tuple(cause.split(".")), why, fix)
-
-
-def _no_effect(applies: Callable[[RunFile], bool], fields: str, cause: str, why: str, fix: str) -> Rule:
-    return _rule(applies, fields, cause, why=why, fix=fix)
-
-
-def _conflict(applies: Callable[[RunFile], bool], field: str, cause: str, why: str, fix: str) -> Rule:
-    return replace(_rule(applies, field, cause, why=why, fix=fix), is_conflict=True)
-
-
-def _training(
-    stage: str, applies: Callable[[TrainingSection, RunFile], bool], fields: str, cause: str, *reasons: str
-) -> Rule:
-    """A rule of section `stage`, whose name stands as {stage} in the words."""
-    named, named_cause, why, fix = (words.replace("{stage}", stage) for words in (fields, cause, *reasons))
-
-    def holds(run: RunFile) -> bool:
-        return run.stage == stage and applies(run.training, run)
-
-    return _no_effect(holds, named, named_cause, why, fix)
 
 
 def _hub_fields_of_files(run: RunFile) -> list[KeyPath]:
@@ -106,7 +52,7 @@ def _has_no_heldout(_: TrainingSection, run: RunFile) -> bool:
 
 def _of_losses(losses: tuple[str, ...], fields: str, why: str, *, is_idle: bool = False) -> Rule:
     """Fields of section dpo that only these losses read; `is_idle`: all but these."""
-    return _no_effect(
+    return no_effect(
         lambda run: run.stage == "dpo" and (run.dpo.loss in losses) == is_idle,
         fields,
         "dpo.loss",
@@ -118,21 +64,21 @@ def _of_losses(losses: tuple[str, ...], fields: str, why: str, *, is_idle: bool 
 LORA_FIELDS = "lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save lora.adapter"
 
 GENERAL_RULES: list[Rule] = [
-    _no_effect(
+    no_effect(
         lambda run: run.model.method == "full",
         LORA_FIELDS,
         "model.method",
         "with model.method: full there are no adapters",
         "remove section lora, or set model.method: lora",
     ),
-    _no_effect(
+    no_effect(
         lambda run: run.lora.adapter is not None,
         "lora.rank lora.alpha lora.dropout lora.targets lora.rslora lora.dora lora.modules_to_save",
         "lora.adapter",
         "lora.adapter brings its own",
         "remove it, or remove lora.adapter",
     ),
-    _no_effect(
+    no_effect(
         lambda run: run.stage in LEARN_FROM_ROWS and run.data.packing and run.data.group_by_length,
         "data.group_by_length",
         "data.packing",
@@ -146,21 +92,21 @@ GENERAL_RULES: list[Rule] = [
         "only hub data sets have splits and subsets, and this path is a file",
         "remove it",
     ),
-    _no_effect(
+    no_effect(
         lambda run: run.model.method == "full" and run.model.quantize != "none",
         "model.quantize",
         "model.method",
         "model.quantize holds a frozen base, and with model.method: full there is none",
         "set model.method: qlora, or remove model.quantize",
     ),
-    _conflict(
+    conflict(
         lambda run: run.stage in LEARN_FROM_ROWS and run.data.packing and run.model.attention in ("sdpa", "eager"),
         "model.attention",
         "data.packing",
         "sdpa and eager cannot keep packed rows apart",
         "set model.attention: auto, or data.packing: false",
     ),
-    _conflict(
+    conflict(
         lambda run: (
             run.model.method == "qlora" and run.model.quantize == "none" and "quantize" in run.model.model_fields_set
         ),
@@ -169,91 +115,50 @@ GENERAL_RULES: list[Rule] = [
         "model.method: qlora needs a quantised base",
         "remove model.quantize (nf4 is then used), or set model.method: lora",
     ),
-    _conflict(
+    conflict(
         lambda run: run.device == "cpu" and run.model.attention == "varlen",
         "model.attention",
         "device",
         "the varlen kernel needs CUDA",
         "set model.attention: auto",
     ),
-    _conflict(
+    conflict(
         lambda run: run.data.validation == 1 and not isinstance(run.data.validation, str),
         "data.validation",
         "data.validation",
         "1 is a share here and would hold out every row",
         "write a fraction such as 0.02, or a number of rows from 2 up",
     ),
-    _conflict(
+    conflict(
         lambda run: run.name in (".", "..") or any(sign in run.name for sign in "/\\\0") or not run.name.strip(),
         "name",
         "name",
         "the name becomes one folder inside of runs",
         "use letters, digits, - and _; put folders into runs: path/to/folder",
     ),
-    _no_effect(
+    no_effect(
         lambda run: run.stage != "sft",
         "data.supervise",
         "stage",
         "only stage sft chooses which tokens are learned",
         "remove it, or set stage: sft",
     ),
-    _conflict(
+    conflict(
         lambda run: run.stage == "dpo" and run.dpo.reference == "adapters_off" and run.model.method == "full",
         "dpo.reference",
         "model.method",
         "with model.method: full there are no adapters to switch off",
         "set dpo.reference: precomputed, or model.method: lora",
     ),
-    _conflict(
-        lambda run: (
-            run.stage == "ppo"
-            and run.ppo.models == "shared"
-            and "models" in run.ppo.model_fields_set
-            and run.model.method == "full"
-        ),
-        "ppo.models",
-        "model.method",
-        "shared models are adapters on one frozen base, and with model.method: full there are none",
-        "set model.method: lora, or ppo.models: separate",
-    ),
-    _no_effect(
-        lambda run: run.stage == "ppo" and run.ppo.kl_target is None,
-        "ppo.kl_horizon",
-        "ppo.kl_target",
-        "without ppo.kl_target the KL coefficient is fixed",
-        "remove ppo.kl_horizon, or set ppo.kl_target",
-    ),
-    _no_effect(
-        lambda run: run.stage == "ppo" and not run.ppo.ptx_sources,
-        "ppo.ptx_coefficient",
-        "ppo.ptx_sources",
-        "without ppo.ptx_sources there are no rows for that loss",
-        "remove ppo.ptx_coefficient, or name files in ppo.ptx_sources",
-    ),
-    _conflict(
-        lambda run: (
-            run.stage == "grpo" and bool(run.grpo.global_batch * run.grpo.minibatches % run.grpo.answers_per_prompt)
-        ),
-        "grpo.answers_per_prompt",
-        "grpo.global_batch",
-        "an iteration has grpo.global_batch * grpo.minibatches answers, which must be whole groups",
-        "choose a grpo.global_batch that is a multiple of grpo.answers_per_prompt",
-    ),
-    _conflict(
-        lambda run: run.stage == "grpo" and run.grpo.answers_per_prompt == 1 and run.grpo.method != "reinforce++",
-        "grpo.answers_per_prompt",
-        "grpo.method",
-        "this method compares the answers of one prompt, and one answer has nothing to be compared with",
-        "set grpo.answers_per_prompt to 2 or more, or grpo.method: reinforce++",
-    ),
-    _no_effect(
+    *POLICY_RULES,
+    no_effect(
         lambda run: run.stage not in LEARN_FROM_ROWS,
         "data.packing data.group_by_length",
         "stage",
         "the answers of this stage are generated, and how they share a pass is not the run file's",
         "remove it",
     ),
-    _no_effect(
+    no_effect(
         lambda run: run.stage in ("reward", "dpo") and run.lora.dropout > 0,
         "lora.dropout",
         "stage",
@@ -280,7 +185,7 @@ def section_of_another_stage(stage: str) -> Rule:
 
 
 def _nothing_is_sampled(stage: str) -> Rule:
-    return _training(
+    return training(
         stage,
         lambda section, _: getattr(section, "sample_tokens", None) == 0,
         "{stage}.sample_prompts",
@@ -295,7 +200,7 @@ def training_rules(stage: str) -> list[Rule]:
     sampling = [] if stage == "reward" else [_nothing_is_sampled(stage)]
     return [
         *sampling,
-        _training(
+        training(
             stage,
             lambda section, _: section.max_steps is not None,
             "{stage}.epochs",
@@ -303,7 +208,7 @@ def training_rules(stage: str) -> list[Rule]:
             "{stage}.max_steps decides how long the run is",
             "remove {stage}.epochs or {stage}.max_steps",
         ),
-        _training(
+        training(
             stage,
             lambda section, _: section.warmup_steps is not None,
             "{stage}.warmup_ratio",
@@ -311,7 +216,7 @@ def training_rules(stage: str) -> list[Rule]:
             "{stage}.warmup_steps wins",
             "remove {stage}.warmup_ratio, or set {stage}.warmup_steps: null",
         ),
-        _training(
+        training(
             stage,
             lambda section, _: section.schedule != "wsd",
             "{stage}.decay_ratio",
@@ -319,7 +224,7 @@ def training_rules(stage: str) -> list[Rule]:
             "only {stage}.schedule: wsd has a final decay",
             "remove {stage}.decay_ratio, or set {stage}.schedule: wsd",
         ),
-        _training(
+        training(
             stage,
             lambda section, _: section.schedule == "constant",
             "{stage}.min_lr_ratio",
@@ -327,7 +232,7 @@ def training_rules(stage: str) -> list[Rule]:
             "with {stage}.schedule: constant the rate never falls",
             "remove {stage}.min_lr_ratio, or choose another schedule",
         ),
-        _training(
+        training(
             stage,
             lambda section, _: section.optimizer == "adafactor",
             "{stage}.beta1 {stage}.beta2 {stage}.epsilon",
@@ -335,7 +240,7 @@ def training_rules(stage: str) -> list[Rule]:
             "adafactor derives its own decay and floor (arXiv:1804.04235)",
             "remove it, or choose adamw or adamw_8bit",
         ),
-        _training(
+        training(
             stage,
             _has_no_heldout,
             "{stage}.evaluate_every {stage}.evaluate_rows {stage}.early_stop_patience {stage}.keep_best",
@@ -343,7 +248,7 @@ def training_rules(stage: str) -> list[Rule]:
             "with data.validation: 0 there are no held-out rows to evaluate",
             "remove it, or set data.validation, for example 0.02",
         ),
-        _training(
+        training(
             stage,
             lambda section, _: section.evaluate_every == 0,
             "{stage}.early_stop_patience",
@@ -370,7 +275,3 @@ def _is_set(run: RunFile, field: KeyPath) -> bool:
         else:
             owner = owner[part]  # type: ignore[index]
     return field[-1] in owner.model_fields_set
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(str(part) for part in path)

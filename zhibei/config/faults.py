@@ -10,10 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from zhibei.config.effects import STAGES, PartsDoNotFit
+from zhibei.config.effects import STAGES
 from zhibei.config.errors import UserError
 from zhibei.config.foreign import FOREIGN_NAMES, FOREIGN_VALUES
 from zhibei.config.layers import COMMAND_LINE, Merged, dotted
+from zhibei.config.rules import PartsDoNotFit
 from zhibei.config.words import describe, field_at, leaf_fields, sections_of
 from zhibei.config.yaml_tree import KeyPath
 

@@ -1,4 +1,4 @@
-"""Sections of the stages that learn from a reward on the model's own answers: ppo and grpo. Knows no loop.
+"""Sections of the stages that learn from a reward on the model's own answers: ppo, grpo, raft. Knows no loop.
 
 The string under a field is its documentation, as in `zhibei.config.run`.
 """
@@ -37,8 +37,10 @@ class PolicySection(AnsweringSection):
     """Stop after so many evaluations without a better held-out reward."""
     save_every: Annotated[int, Field(ge=0)] | None = None
     """Iterations between checkpoints; by default as often as evaluations; 0 only at the end."""
-    keep_best: bool = False
-    """Write the model of the best held-out reward as the final model, instead of the last one."""
+    keep_best: bool = True
+    """Write the model of the best held-out reward as the final model, instead of the last one. With a reward_model the
+    last one is written unless this is set: a learned reward goes on rising where the true one falls
+    (arXiv:2210.10760, section 3), so its best is where it is exploited most."""
     reward: str | None = None
     """What scores answers, beside or instead of reward_model: `number` (the last number equals the reference's, as in
     GSM8K), `exact`, `contains` (the reference), `regex:PATTERN`, `python:MODULE_OR_FILE:FUNCTION`, or an http
@@ -49,7 +51,8 @@ class PolicySection(AnsweringSection):
     """A reward model that puts fewer of its own held-out pairs in order is refused: what it cannot tell apart, a policy
     learns to exploit. 0 takes any."""
     reward_seconds: Annotated[float, Field(gt=0)] = 60
-    """A reward function or server that takes longer for one batch of answers ends the run."""
+    """A reward function that takes longer for one batch of answers ends the run (saved, to be resumed). A server is
+    asked three more times before that."""
     reward_clip: NotNegative = 0
     """Rewards are bounded to +- this; 0 is off."""
     normalize_rewards: bool = False
@@ -66,6 +69,11 @@ class PolicySection(AnsweringSection):
     """Sample from the k likeliest tokens only; 0 is off. Anything but pure sampling biases the ratio."""
     top_p: Share = 1.0
     """Sample from the likeliest tokens of this total probability only; 1 is off."""
+
+
+class RatioSection(PolicySection):
+    """What the stages share that weigh tokens by how much likelier they have become since they were written."""
+
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """The probability ratio counts down to 1 - clip_low (arXiv:1707.06347)."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
@@ -82,13 +90,18 @@ class PolicySection(AnsweringSection):
     wrote them; 0 is off."""
 
 
-class PpoSection(PolicySection):
+class PpoSection(RatioSection):
     """Proximal policy optimisation with a critic (arXiv:1707.06347, arXiv:2203.02155; stage: ppo)."""
 
     models: Literal["shared", "separate"] = "shared"
     """shared: policy and critic are adapters on one frozen base, and the reference is the base with adapters off (or
     the adapter that the policy goes on from). separate: the critic is a model of its own, and with model.method: full,
-    which means this unless you say otherwise, the reference too. A reward model is loaded beside them."""
+    which means this unless you say otherwise, the reference too. A reward model that is an adapter on the same base is
+    one more adapter with shared; any other is loaded beside them."""
+    critic_from: Literal["zero", "reward_model"] = "zero"
+    """zero: the critic begins as the policy's base with a head of zeros: every state is worth 0. reward_model: body
+    and head of reward_model (arXiv:2203.02155, appendix C.4); with models: shared that must be an adapter on the same
+    base."""
     critic_learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak rate of the critic; by default ten times learning_rate. It follows the same schedule."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -104,6 +117,11 @@ class PpoSection(PolicySection):
     """Discount per token."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Trade of bias for variance in the advantages (arXiv:1506.02438)."""
+    truncated: Literal["ended", "bootstrap"] = "ended"
+    """What an answer is that was cut off at max_new_tokens. ended: an answer like others, with its score: the limit is
+    part of the task, as in arXiv:1712.00378, section 3. bootstrap: one that would have gone on: in the place of its
+    score, which was given to something unfinished, stands what the critic expects after its last token (the same
+    paper, section 4)."""
     value_clip: NotNegative = 0.2
     """The critic moves at most so far per iteration; 0 is off."""
     whiten_advantages: bool = True
@@ -117,7 +135,7 @@ class PpoSection(PolicySection):
     """Weight of that loss, as a mean per token."""
 
 
-class GrpoSection(PolicySection):
+class GrpoSection(RatioSection):
     """Learning from groups of answers to one prompt, without a critic (stage: grpo)."""
 
     method: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"
@@ -128,3 +146,28 @@ class GrpoSection(PolicySection):
     kl_coefficient: NotNegative = 0.04
     """Weight of the KL to the reference: in the loss with grpo and dr_grpo (as k3), taken off the reward with rloo and
     reinforce++. 0 keeps no reference."""
+
+
+class RaftSection(PolicySection):
+    """Supervised steps on the model's own best answers, again and again (RAFT, arXiv:2304.06767; stage: raft)."""
+
+    global_batch: Positive = 128
+    """Kept answers per optimiser step on all GPUs together."""
+    minibatches: Positive = 2
+    """Optimiser steps per pass over an iteration's kept answers; an iteration keeps global_batch * minibatches of those
+    it writes."""
+    answers_per_prompt: Positive = 8
+    """Answers written to one prompt."""
+    keep_share: Share = 0.125
+    """Share of an iteration's answers that is learned from; 0.125 of 8 is the best of each prompt."""
+    compare: Literal["prompt", "iteration"] = "prompt"
+    """Whom an answer must beat to be kept: the others to its prompt (LMFlow's local), or all of the iteration (LMFlow's
+    top), which learns most from the prompts that are easy."""
+    least_reward: float | None = None
+    """Answers with less reward are never kept: with a reward that says right or wrong, 1 learns from right ones only
+    (rejection sampling)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling. What is kept is learned as rows are in stage sft."""
+    kl_coefficient: NotNegative = 0
+    """Weight of the KL to the reference, taken off the reward before answers are compared (arXiv:2304.06767, section
+    3.2). 0 keeps no reference."""

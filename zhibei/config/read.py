@@ -13,11 +13,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from zhibei.config.effects import Misfit, PartsDoNotFit
 from zhibei.config.errors import SeveralErrors, UserError
 from zhibei.config.faults import faults_of, place_of_fault, show_value
 from zhibei.config.layers import Layer, Merged, command_line_layer, dotted
 from zhibei.config.resolve import DEFAULT, PLANNED, ResolvedRun, plan_values, with_planned
+from zhibei.config.rules import Misfit, PartsDoNotFit
 from zhibei.config.run import RunFile
 from zhibei.config.words import field_at, is_section, leaf_fields
 from zhibei.config.yaml_tree import KeyPath, Tree, near_files, parse, read_text
@@ -67,10 +67,19 @@ class _Read:
     has_name: bool
 
 
+def resolve_layers(layers: Sequence[Layer], *, name: str, text: str) -> ResolvedRun:
+    """A run from layers that were made elsewhere, the first one lowest; a file of several runs has no other way.
+
+    `name`: where no layer names the run. `text`: what is kept as the run's run.yaml. Raises what `read_run` raises.
+    """
+    read = _laid(layers, name=name, text=text)
+    return _resolved(read, *_checked(read.merged))
+
+
 def _read(path_or_recipe: str | Path, overrides: Sequence[str]) -> _Read:
     given = str(path_or_recipe)
     if given in recipe_names():
-        layers, name, text = [_recipe_layer(given)], given, recipe_text(given)
+        layers, name, text = [recipe_layer(given)], given, recipe_text(given)
     else:
         path = _run_file(Path(given))
         text = read_text(path)
@@ -80,6 +89,10 @@ def _read(path_or_recipe: str | Path, overrides: Sequence[str]) -> _Read:
         )
     if overrides:
         layers.append(command_line_layer(overrides, rank=COMMAND_LINE_RANK))
+    return _laid(layers, name=name, text=text)
+
+
+def _laid(layers: Sequence[Layer], *, name: str, text: str) -> _Read:
     merged = Merged()
     for layer in layers:
         _open_empty_sections(layer.tree)
@@ -144,7 +157,8 @@ def _run_file(path: Path) -> Path:
     )
 
 
-def _recipe_layer(name: str) -> Layer:
+def recipe_layer(name: str) -> Layer:
+    """A shipped recipe, below whatever is laid over it. Raises UserError for an unknown name."""
     source = f"recipe {name}"
     return Layer(RECIPE_RANK, source, parse(recipe_text(name), source=source))
 
@@ -170,7 +184,7 @@ def _file_layers(text: str, source: str) -> list[Layer]:
     if recipe is None:
         return [layer]
     try:
-        return [_recipe_layer(str(recipe)), layer]
+        return [recipe_layer(str(recipe)), layer]
     except UserError as error:
         raise UserError(error.what, expected=error.expected, fix=error.fix, where=layer.where(("recipe",))) from None
 

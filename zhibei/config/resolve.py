@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zhibei.config.effects import STAGES, fields_without_effect
+from zhibei.config.policy import PolicySection
 from zhibei.config.preference import BETAS
 from zhibei.config.run import RunFile
 from zhibei.config.words import leaf_fields
@@ -32,6 +33,8 @@ LEARNING_RATES = {  # (full, adapters)
     # OpenRLHF's and verl's default for the actor; ten times that for adapters, as in the stages above.
     "ppo": (1e-6, 1e-5),
     "grpo": (1e-6, 1e-5),
+    # LMFlow's run_raft_align.sh; ten times that for adapters, as in supervised training.
+    "raft": (2e-5, 2e-4),
 }
 
 
@@ -71,6 +74,10 @@ def plan_values(run: RunFile) -> dict[str, Any]:
     if run.stage == "ppo" and run.ppo.critic_learning_rate is None:
         rate = run.ppo.learning_rate or planned["ppo.learning_rate"]
         planned["ppo.critic_learning_rate"] = min(CRITIC_FACTOR * rate, 0.5)
+    section = run.training
+    is_judged_by_a_model = isinstance(section, PolicySection) and section.reward_model is not None
+    if is_judged_by_a_model and "keep_best" not in section.model_fields_set:
+        planned[f"{run.stage}.keep_best"] = False
     if run.stage == "dpo" and run.dpo.beta is None and run.dpo.loss in BETAS:
         planned["dpo.beta"] = BETAS[run.dpo.loss]
     if run.training.max_steps is not None:

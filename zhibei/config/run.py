@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from zhibei.config.effects import PartsDoNotFit, misfits_of
-from zhibei.config.policy import GrpoSection, PpoSection
+from zhibei.config.effects import misfits_of
+from zhibei.config.policy import GrpoSection, PpoSection, RaftSection
 from zhibei.config.preference import DpoSection, RewardSection
+from zhibei.config.rules import PartsDoNotFit
 from zhibei.config.training import AnsweringSection, Fraction, Positive, Section, TrainingSection
 
 
@@ -175,17 +176,17 @@ class WatchSection(Section):
     disk_filling: Answer = "warn"
     """The disk has no room for the next checkpoint and the finished model."""
     length_hacking: PolicyAnswer = "warn"
-    """ppo and grpo: answers grow longer and longer, and longer ones get more reward. roll_back: policy and critic
+    """ppo, grpo and raft: answers grow longer and longer, and longer ones get more reward. roll_back: policy and critic
     become those of the last checkpoint before that, and go on with new prompts, half the learning rate and (ppo) twice
     the weight of the KL; the fourth time the run stops."""
     policy_drift: PolicyAnswer = "warn"
-    """ppo and grpo: the KL to the reference is above 1 nat per token, or negative."""
+    """ppo, grpo and raft: the KL to the reference is above 1 nat per token, or negative."""
     repetition: PolicyAnswer = "warn"
-    """ppo and grpo: half of what answers say they have said before."""
+    """ppo, grpo and raft: half of what answers say they have said before."""
     endless_answers: PolicyAnswer = "warn"
-    """ppo and grpo: answers used to end by themselves, and now nearly all are cut off."""
+    """ppo, grpo and raft: answers used to end by themselves, and now nearly all are cut off."""
     no_signal: PolicyAnswer = "warn"
-    """ppo and grpo: all answers of some iterations had the same reward."""
+    """ppo, grpo and raft: all answers of some iterations had the same reward."""
 
 
 class RunFile(Section):
@@ -199,7 +200,7 @@ class RunFile(Section):
     """Seed of row order, dropout, adapters and samples."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:1."""
-    stage: Literal["sft", "reward", "dpo", "ppo", "grpo"] = "sft"
+    stage: Literal["sft", "reward", "dpo", "ppo", "grpo", "raft"] = "sft"
     """What this run does; the section of the same name says how, and the sections of the others must be absent."""
     rehearse: Literal["auto", "always", "never"] = "auto"
     """Two real steps, a save and a reload before the run (`zhibei rehearse`). auto: on a GPU."""
@@ -213,6 +214,7 @@ class RunFile(Section):
     dpo: DpoSection = DpoSection()
     ppo: PpoSection = PpoSection()
     grpo: GrpoSection = GrpoSection()
+    raft: RaftSection = RaftSection()
     log: LogSection = LogSection()
     watch: WatchSection = WatchSection()
 

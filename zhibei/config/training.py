@@ -32,7 +32,7 @@ class TrainingSection(Section):
     auto: the fastest that fits on the GPU (`zhibei plan` shows it); 4096 on a CPU."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate. By default, for full training / for adapters: sft 2e-5 / 2e-4, reward 1e-5 / 1e-4,
-    dpo 5e-7 / 5e-6, ppo and grpo 1e-6 / 1e-5."""
+    dpo 5e-7 / 5e-6, ppo and grpo 1e-6 / 1e-5, raft 2e-5 / 2e-4."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up. wsd: constant, then linear decay over the last `decay_ratio` of the steps."""
     warmup_ratio: Fraction = 0.03

@@ -31,7 +31,7 @@ from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 
 ENCODERS = {"answers": encode_answers, "prompts": encode_prompts}
-LEARNS_FROM = {"reward": "answers", "dpo": "answers", "ppo": "prompts", "grpo": "prompts"}
+LEARNS_FROM = {"reward": "answers", "dpo": "answers", "ppo": "prompts", "grpo": "prompts", "raft": "prompts"}
 """What each stage reads."""
 
 

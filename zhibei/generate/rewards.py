@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -24,6 +25,14 @@ from zhibei.config.errors import UserError
 from zhibei.generate.verifiers import VERIFIERS, Verifier, matches
 
 MOST_REPLY_BYTES = 64 * 2**20
+
+
+RETRY_SECONDS = (1.0, 4.0, 16.0)
+"""How long a server that failed is left alone before it is asked again; then it counts as broken."""
+
+
+class RewardFailed(UserError):
+    """A source of rewards raised, hung, or gave something that is no reward. What was learned before is sound."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class RewardSource:
     where: str = "reward"
 
     def __call__(self, answered: Answered) -> list[float]:
-        """One finite reward per answer. Raises UserError naming the source when it raises, hangs, gives another number
-        of rewards than answers, or something that is no finite number."""
+        """One finite reward per answer. Raises RewardFailed naming the source when it raises, hangs, gives more or fewer
+        rewards than there are answers, or something that is no finite number."""
         rewards = self._within_time(answered)
         if isinstance(rewards, (str, bytes)) or not hasattr(rewards, "__len__"):
             raise self._fault(f"gave {type(rewards).__name__} instead of a list of numbers")
@@ -86,15 +95,13 @@ class RewardSource:
         is_fine, result = outcome[0]
         if is_fine:
             return result
-        if isinstance(result, UserError):
-            raise result
-        if isinstance(result, KeyboardInterrupt):
+        if isinstance(result, (RewardFailed, KeyboardInterrupt)):
             raise result
         line = _line_of(result)
         raise self._fault(f"raised {type(result).__name__}: {result}{line}") from result
 
-    def _fault(self, what: str) -> UserError:
-        return UserError(
+    def _fault(self, what: str) -> RewardFailed:
+        return RewardFailed(
             f"the reward {self.name} {what}",
             expected="one finite number per answer, in time",
             fix="try it by itself on a few answers; the run can be resumed once it works",
@@ -128,7 +135,8 @@ def reward_source(text: str, *, seconds: float, where: str = "reward") -> Reward
             fix="write one of them; a reward model goes into reward_model",
             where=where,
         )
-    return RewardSource(text, makers[kind](), seconds, where)
+    is_server = kind in ("http", "https")
+    return RewardSource(text, makers[kind](), seconds_with_retries(seconds) if is_server else seconds, where)
 
 
 def needs_references(text: str) -> bool:
@@ -197,7 +205,10 @@ def _module(place: str, *, where: str) -> Any:
 
 
 def server(address: str, *, seconds: float, where: str) -> Scorer:
-    """POST of {"prompts", "answers", "references"} as JSON; the reply is a JSON list of numbers, or {"rewards": it}."""
+    """POST of {"prompts", "answers", "references"} as JSON; the reply is a JSON list of numbers, or {"rewards": it}.
+
+    A server that does not answer, or answers with an error of its own (5xx, 429), is asked again after RETRY_SECONDS.
+    """
 
     def score(answered: Answered) -> Any:
         body = {
@@ -208,19 +219,36 @@ def server(address: str, *, seconds: float, where: str) -> Scorer:
         request = urllib.request.Request(
             address, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
-        try:
-            with urllib.request.urlopen(request, timeout=seconds) as reply:
-                found = json.loads(reply.read(MOST_REPLY_BYTES))
-        except (OSError, ValueError) as problem:  # URLError and timeouts are OSErrors, broken JSON is a ValueError
-            raise UserError(
-                f"the reward server {address} failed: {type(problem).__name__}: {problem}",
-                expected="a JSON list of numbers, one per answer",
-                fix="start the server, or correct the address; the run can be resumed once it answers",
-                where=where,
-            ) from problem
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                with urllib.request.urlopen(request, timeout=seconds) as reply:
+                    found = json.loads(reply.read(MOST_REPLY_BYTES))
+                break
+            except (OSError, ValueError) as problem:  # URLError and timeouts are OSErrors, broken JSON is a ValueError
+                if pause is None or not may_pass(problem):
+                    asked = "" if pause is not None else f", asked {len(RETRY_SECONDS) + 1} times"
+                    raise RewardFailed(
+                        f"the reward server {address} failed{asked}: {type(problem).__name__}: {problem}",
+                        expected="a JSON list of numbers, one per answer",
+                        fix="start the server, or correct the address; the run can be resumed once it answers",
+                        where=where,
+                    ) from problem
+            time.sleep(pause)
         return found["rewards"] if isinstance(found, dict) and "rewards" in found else found
 
     return score
+
+
+def may_pass(problem: OSError | ValueError) -> bool:
+    """Whether asking again may help: not where the server says that the request is wrong (4xx but 429)."""
+    if isinstance(problem, urllib.error.HTTPError):
+        return problem.code >= 500 or problem.code == 429
+    return isinstance(problem, OSError)
+
+
+def seconds_with_retries(seconds: float) -> float:
+    """The longest that asking a server may take in all."""
+    return seconds * (len(RETRY_SECONDS) + 1) + sum(RETRY_SECONDS)
 
 
 def summed(sources: Sequence[RewardSource]) -> Callable[[Answered], list[float]]:

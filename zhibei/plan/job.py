@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from zhibei.config.policy import PolicySection
 from zhibei.config.run import RunFile
 from zhibei.plan.activations import Execution
 from zhibei.plan.machines import Gpu, Machine
@@ -76,6 +77,7 @@ class Job:
     reference: str = "auto"
     ppo_models: str = "shared"
     has_reward_model: bool = False
+    has_reference: bool = True
     rollout_batch: int = 32
     max_new_tokens: int = 128
     sharding: Sharding = "no_shard"
@@ -160,7 +162,8 @@ def job_of(
         rows, micro_batch_tokens, global_batch=section.global_batch, num_gpus=num_gpus, packing=run.data.packing
     )
     multiple = GPU_PAD_MULTIPLE if gpu is not None else 1
-    policy = run.grpo if run.stage == "grpo" else run.ppo
+    is_policy = isinstance(section, PolicySection)
+    policy = section if is_policy else run.ppo
     return Job(
         pass_tokens=-(-largest // multiple) * multiple,
         num_passes=passes,
@@ -180,7 +183,8 @@ def job_of(
         sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
         reference=run.dpo.reference,
         ppo_models=run.ppo.models,
-        has_reward_model=run.stage in ("ppo", "grpo") and policy.reward_model is not None,
+        has_reward_model=is_policy and policy.reward_model is not None,
+        has_reference=run.stage == "ppo" or getattr(section, "kl_coefficient", 0) > 0,
         rollout_batch=policy.rollout_batch,
         max_new_tokens=policy.max_new_tokens,
         sharding=sharding,

@@ -48,6 +48,11 @@ def _grpo(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     return {**reference, **_reward_model(job, held), **_answers(shape, job)}
 
 
+def _raft(shape: ModelShape, job: Job, held: Holdings) -> Causes:
+    """As grpo, with a reference only where the KL to it counts."""
+    return _grpo(shape, job, held) if job.has_reference else {**_reward_model(job, held), **_answers(shape, job)}
+
+
 def _reward_model(job: Job, held: Holdings) -> Causes:
     """A reward model is loaded beside the policy, whole (train/reward_sources.py); taken to be of the policy's size."""
     return {"reward model": held.weights} if job.has_reward_model else {}
@@ -61,5 +66,5 @@ def _answers(shape: ModelShape, job: Job) -> Causes:
 
 EXTRAS: Mapping[str, Callable[[ModelShape, Job, Holdings], Causes]] = {
     "sft": _sft, "reward": _reward, "dpo": _dpo, "ppo": _ppo,
-    "grpo": _grpo,
+    "grpo": _grpo, "raft": _raft,
 }  # fmt: skip

@@ -6,7 +6,6 @@ over. Formulas: zhibei/losses/policy.py. Dimensions: Q prompts, G answers of eac
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -15,24 +14,14 @@ from zhibei.config.resolve import ResolvedRun
 from zhibei.config.run import GrpoSection
 from zhibei.losses.policy import GROUP_ADVANTAGES, KL_ESTIMATORS
 from zhibei.store.run_dir import RunDir
-from zhibei.train.collect import Collected, collect, seed_of
+from zhibei.train.collect import Collected, seed_of
 from zhibei.train.experience import Experience, minibatches
-from zhibei.train.health import board_of
 from zhibei.train.interrupts import stop_requests
+from zhibei.train.iteration import learning, record_iteration, write_and_score
 from zhibei.train.learned import Learned
 from zhibei.train.policy_materials import KL_IN_LOSS
-from zhibei.train.policy_run import (
-    PolicyRun,
-    attend,
-    bad_step,
-    probe_after_learning,
-    probe_before_learning,
-    train_policy,
-)
-from zhibei.train.step import NonFiniteStep
-
-SAME_REWARD = 1e-8
-"""Rewards of a group that differ by less are equal."""
+from zhibei.train.policy_run import PolicyRun, attend, train_policy
+from zhibei.train.reward_shaping import differs, less_kl
 
 
 def train(resolved: ResolvedRun, **options: Any) -> RunDir:
@@ -45,48 +34,25 @@ def train(resolved: ResolvedRun, **options: Any) -> RunDir:
 
 def loop(going: PolicyRun) -> None:
     """Groups of answers, advantages, updates; until the last iteration, an early stop or a signal."""
-    parts, progress, state = going.parts, going.progress, going.state
-    section = parts.run.grpo
+    section, state = going.parts.run.grpo, going.state
     with stop_requests() as stop:
-        while progress.step < going.num_iterations:
-            started = time.monotonic()
-            iteration = progress.step
-            collected = collect(parts, iteration, state.scale, group=section.answers_per_prompt)
-            if iteration == 0:
-                probe_before_learning(going, collected)
+        while not going.is_done:
+            collected = write_and_score(going, group=section.answers_per_prompt)
             experience, numbers = experience_of(collected, section)
             excluded = (len(experience) - len(numbers)) // section.answers_per_prompt
             state.constant_groups += excluded
             rate = going.rate(section.learning_rate)
-            was_untouched = parts.materials.stepper.effective_steps == 0
-            learning = time.monotonic()
-            try:
-                learned = learn(going, experience, numbers, rate=rate)
-            except NonFiniteStep as problem:
-                raise bad_step(problem, going, collected) from None
-            if was_untouched and parts.materials.stepper.effective_steps:
-                probe_after_learning(going, collected)
-            state.answers += len(experience)
-            progress.step = iteration + 1
-            progress.tokens += int(collected.rows.lengths.sum())
-            progress.learned_tokens += int(collected.mask_BT[numbers].sum())
-            progress.seconds += time.monotonic() - started
-            going.recorder.write(
-                "iteration",
-                progress.step,
-                **board_of(collected),
-                **learned.figures(),
+            with learning(going, collected) as learned:
+                learn(going, experience, numbers, rate=rate, into=learned)
+            record_iteration(
+                going,
+                collected,
+                learned,
+                learned_tokens=int(collected.mask_BT[numbers].sum()),
+                learning_rate=rate,
                 kl_coefficient=section.kl_coefficient,
                 excluded_groups=excluded,
                 excluded_groups_so_far=state.constant_groups,
-                learning_rate=rate,
-                epoch=round(parts.cursor.epoch_at(progress.step), 6),
-                answers=len(experience),
-                tokens=sum(collected.rollout.lengths),
-                **{name: round(value, 4) for name, value in collected.seconds.items()},
-                learning_seconds=round(time.monotonic() - learning, 4),
-                seconds=round(time.monotonic() - started, 4),
-                peak_gib=going.recorder.peak_gib(),
             )
             if attend(going, stop):
                 break
@@ -100,9 +66,9 @@ def experience_of(collected: Collected, section: GrpoSection) -> tuple[Experienc
     mask_BT = collected.mask_BT
     rewards_QG = rewards_of(collected, section).view(-1, section.answers_per_prompt)
     advantages_B = GROUP_ADVANTAGES[section.method](rewards_QG).view(-1)
-    varies_Q = rewards_QG.amax(dim=1) - rewards_QG.amin(dim=1) > SAME_REWARD
+    varies_Q = differs(rewards_QG)
     if section.method == "reinforce++":  # compares with the whole batch, not with the group
-        varies_Q = (rewards_QG.max() - rewards_QG.min() > SAME_REWARD).expand(len(varies_Q))
+        varies_Q = differs(rewards_QG.view(1, -1)).expand(len(varies_Q))
     varies_B = varies_Q.repeat_interleave(section.answers_per_prompt)
     weights_BT, units_B = weights_of(mask_BT, section)
     figures = {"old_logps": collected.old_logps_BT, "advantages": advantages_B[:, None] * mask_BT}
@@ -117,7 +83,7 @@ def rewards_of(collected: Collected, section: GrpoSection) -> torch.Tensor:
     if section.method in KL_IN_LOSS or collected.reference_BT is None:
         return collected.rewards_B
     kl_BT = KL_ESTIMATORS[section.kl_estimator](collected.old_logps_BT, collected.reference_BT)
-    return collected.rewards_B - section.kl_coefficient * (kl_BT * collected.mask_BT).sum(dim=1)
+    return less_kl(collected.rewards_B, kl_BT, collected.mask_BT, section.kl_coefficient)
 
 
 def weights_of(mask_BT: torch.Tensor, section: GrpoSection) -> tuple[torch.Tensor, list[int]]:
@@ -135,16 +101,14 @@ def weights_of(mask_BT: torch.Tensor, section: GrpoSection) -> tuple[torch.Tenso
     return mask_BT / section.max_new_tokens, [1] * len(mask_BT)
 
 
-def learn(going: PolicyRun, experience: Experience, numbers: list[int], *, rate: float) -> Learned:
+def learn(going: PolicyRun, experience: Experience, numbers: list[int], *, rate: float, into: Learned) -> None:
     """Small steps over the answers that say anything, a few times; ends early when the policy has gone far."""
     parts, section = going.parts, going.parts.run.grpo
-    iteration, learned = going.progress.step, Learned()
     for inner in range(section.inner_epochs):
-        seed = seed_of(parts.run.seed + 1, iteration * section.inner_epochs + inner)
+        seed = seed_of(parts.run.seed + 1, going.progress.step * section.inner_epochs + inner)
         for part in minibatches(numbers, section.minibatches, seed=seed):
             record = parts.materials.stepper.step(experience.passes(part, parts.plan), learning_rate=rate)
-            learned.policy.append(record)
+            into.policy.append(record)
             if section.stop_at_kl and record.figures["kl_to_writer"] > section.stop_at_kl:
-                learned.stopped_early = True
-                return learned
-    return learned
+                into.stopped_early = True
+                return

@@ -8,10 +8,10 @@ from typing import Any
 from zhibei.config.resolve import ResolvedRun
 from zhibei.data.prepared import PreparedSet
 from zhibei.store.run_dir import RunDir
-from zhibei.train import grpo, materials, offline, ppo
+from zhibei.train import grpo, materials, offline, ppo, raft
 from zhibei.train.policy_materials import plan_without_models
 
-LOOPS: dict[str, Callable[..., RunDir]] = {"ppo": ppo.train, "grpo": grpo.train}
+LOOPS: dict[str, Callable[..., RunDir]] = {"ppo": ppo.train, "grpo": grpo.train, "raft": raft.train}
 """Stages that learn from answers of their own; all others learn from rows that are there before."""
 
 

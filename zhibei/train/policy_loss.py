@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zhibei.config.policy import PolicySection
+from zhibei.config.policy import RatioSection
 from zhibei.data.batches import Batch
 from zhibei.losses.logps import token_logps
 from zhibei.losses.policy import Clip, clipped_policy_loss, clipped_value_loss, kl_k3
@@ -35,7 +35,7 @@ def head_of(model: LanguageModel) -> TokenLoss:
     return TokenLoss(softcap=model.head_shape.softcap, logit_scale=model.head_shape.scale)
 
 
-def shape_of(section: PolicySection, model: LanguageModel, *, kl_in_loss: float = 0.0) -> PolicyShape:
+def shape_of(section: RatioSection, model: LanguageModel, *, kl_in_loss: float = 0.0) -> PolicyShape:
     """The shape that a section of the run file asks for."""
     return PolicyShape(
         head=head_of(model),

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.config.policy import PolicySection, PpoSection
+from zhibei.config.policy import PolicySection, PpoSection, RatioSection
+from zhibei.config.policy_rules import prompts_of_iteration
 from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
 from zhibei.config.run import RunFile
 from zhibei.data.batches import Batch, Batches, BatchPlan
@@ -38,6 +39,7 @@ from zhibei.train.reward_sources import reward_of
 from zhibei.train.schedule import require_peak
 from zhibei.train.step import Stepper
 from zhibei.train.task import HeldoutFigures, Task
+from zhibei.train.token_loss import token_loss
 
 KL_IN_LOSS = ("grpo", "dr_grpo")
 """Methods whose KL to the reference is part of the loss; the others take it off the reward."""
@@ -165,7 +167,7 @@ def plan_without_models(
         "training_prompts": len(rows.train),
         "held_out_prompts": len(rows.heldout),
         "iterations": cursor.num_iterations,
-        "answers_per_iteration": section.global_batch * section.minibatches,
+        "answers_per_iteration": cursor.per_iteration * getattr(section, "answers_per_prompt", 1),
         "optimiser_steps": cursor.num_iterations * section.minibatches * section.inner_epochs,
         "micro_batch_tokens": run.training.tokens_per_pass,
         "activation_checkpointing": run.model.activation_checkpointing,
@@ -177,10 +179,15 @@ def plan_without_models(
 
 def cursor_of(run: RunFile, section: PolicySection, *, num_prompts: int) -> PromptCursor:
     """Which prompts each iteration answers: as many as make its answers, each prompt `answers_per_prompt` times."""
-    group = run.grpo.answers_per_prompt if run.stage == "grpo" else 1
+    written = section.global_batch * section.minibatches
+    per_iteration = {
+        "ppo": written,
+        "grpo": written // run.grpo.answers_per_prompt,
+        "raft": round(prompts_of_iteration(run)) if run.stage == "raft" else 0,
+    }
     return PromptCursor(
         num_prompts=num_prompts,
-        per_iteration=section.global_batch * section.minibatches // group,
+        per_iteration=per_iteration[run.stage],
         epochs=section.epochs,
         max_steps=section.max_steps,
         seed=run.seed,
@@ -259,7 +266,10 @@ def steppers(run: RunFile, section: PolicySection, roles: Roles) -> tuple[Steppe
     in_loss = run.grpo.kl_coefficient if run.stage == "grpo" and run.grpo.method in KL_IN_LOSS else 0.0
     make_ready(run, roles)
     optimizer = make_optimizer(roles.policy.trainable(), section)
-    loss = policy_loss(shape_of(section, roles.policy, kl_in_loss=in_loss))
+    if isinstance(section, RatioSection):
+        loss = policy_loss(shape_of(section, roles.policy, kl_in_loss=in_loss))
+    else:
+        loss = token_loss(head_of(roles.policy))
     stepper = Stepper(roles.policy, optimizer, loss, max_grad_norm=section.max_grad_norm)
     if roles.critic is None:
         return stepper, None

@@ -1,4 +1,4 @@
-"""What the loops of ppo and grpo share around their learning: opening, evaluating, alarms, saving. Knows no loss."""
+"""What the loops of ppo, grpo and raft share around their iterations: opening, evaluating, alarms, saving. No loss."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from zhibei.config.errors import RunStopped
+from zhibei.config.errors import RunStopped, UserError
 from zhibei.config.resolve import ResolvedRun
 from zhibei.config.run import RunFile
 from zhibei.data.prepared import PreparedSet
 from zhibei.generate.options import SamplingOptions
+from zhibei.generate.rewards import RewardFailed
 from zhibei.store.checkpoint import check_checkpoint, list_steps, prune
 from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
@@ -21,13 +21,11 @@ from zhibei.train.alarms import Alarm, asks_for_save, say, stopped_by, stopping
 from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
 from zhibei.train.cadence import Cadence, looks_after
 from zhibei.train.collect import Collected, answers_to, scored
-from zhibei.train.experience import on_grid
 from zhibei.train.finish import finish
 from zhibei.train.health import deviation, mean
 from zhibei.train.interrupts import StopRequest
 from zhibei.train.offline import disk, interrupted, newest_step, stopped
 from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
-from zhibei.train.policy_loss import log_probabilities
 from zhibei.train.policy_materials import PolicyMaterials, gather_policy
 from zhibei.train.policy_state import PolicyState, first_state, put_back, restore_rest, save
 from zhibei.train.record import Recorder, Watch, ignore
@@ -39,8 +37,6 @@ from zhibei.train.step import NonFiniteStep
 Loop = Callable[["PolicyRun"], None]
 MOST_ROLL_BACKS = 3
 ALARM_DELAY = 6
-# Nats per token by which two forward passes over the same tokens may differ: rounding, not another distribution.
-SAME_LOGPS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 
 
 @dataclass
@@ -57,6 +53,10 @@ class PolicyRun:
     @property
     def num_iterations(self) -> int:
         return self.parts.cursor.num_iterations
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.step >= self.num_iterations
 
     def rate(self, peak: float | None) -> float:
         """The learning rate of the iteration that comes next."""
@@ -129,6 +129,9 @@ def begin(going: PolicyRun) -> None:
         peak_rate=parts.section.learning_rate,
     )
     parts.materials.stepper.remember_weights()
+    if going.state.owes_evaluation:
+        going.state.owes_evaluation = False
+        evaluate(going)
     if progress.step == 0:
         evaluate(going)
         if wants_roll_back(parts.run):
@@ -167,7 +170,11 @@ def evaluate(going: PolicyRun) -> bool:
     started = time.monotonic()
     numbers = range(min(len(rows), parts.section.evaluate_rows))
     rollout = answers_to(parts, rows, numbers, seed=parts.run.seed)
-    scores = scored(parts, rollout, rows, numbers)
+    try:
+        scores = scored(parts, rollout, rows, numbers)
+    except RewardFailed as problem:
+        going.state.owes_evaluation = progress.step > 0
+        raise stopped_for_reward(going, problem) from problem
     loss = -mean(scores)
     is_best = progress.best_loss is None or loss < progress.best_loss
     if is_best:
@@ -186,53 +193,6 @@ def evaluate(going: PolicyRun) -> bool:
         samples=panel_path(going.run_dir, progress.step).name if going.panel is not None else None,
     )
     return is_best and progress.step > 0
-
-
-def probe_before_learning(going: PolicyRun, collected: Collected) -> None:
-    """At update 0 the ratio is 1 and the KL to the reference 0, or everything that follows is learned from a fault.
-
-    Raises RunStopped. The sampler's own log-probabilities are compared only where it draws from the whole distribution.
-    """
-    parts, mask_BT = going.parts, collected.mask_BT
-    bound = SAME_LOGPS[parts.materials.precision]
-    again_BT = logps_now(parts, collected)
-    pairs = {"the ratio to itself is not 1": again_BT}
-    if parts.section.top_k == 0 and parts.section.top_p == 1:
-        pairs["the sampler draws from another distribution than the one that learns"] = collected.engine_logps_BT
-    if collected.reference_BT is not None:
-        pairs["the KL to the reference is not 0"] = collected.reference_BT
-    for what, other_BT in pairs.items():
-        gap = float((collected.old_logps_BT - other_BT)[mask_BT].abs().mean())
-        if not gap <= bound:
-            raise RunStopped(
-                f"before anything was learned, {what}: {gap:.3g} nats per token apart",
-                expected=f"at most {bound:g}",
-                fix="look for dropout in the model's config.json, use another precision or attention, and report this "
-                "family if it stays",
-                where=str(going.run_dir.path),
-            )
-
-
-def probe_after_learning(going: PolicyRun, collected: Collected) -> None:
-    """After the first update the policy gives other log-probabilities. Raises RunStopped when it does not."""
-    moved = float((logps_now(going.parts, collected) - collected.old_logps_BT)[collected.mask_BT].abs().max())
-    if moved == 0:
-        raise RunStopped(
-            "the first update changed no log-probability of the policy",
-            expected="another distribution after an update at a rate above 0",
-            fix="raise learning_rate (updates may be lost in rounding), and look at whether rewards differ at all",
-            where=str(going.run_dir.path),
-        )
-
-
-def logps_now(parts: PolicyMaterials, collected: Collected) -> Any:
-    device = parts.materials.device
-    return on_grid(
-        collected.rows,
-        collected.mask_BT,
-        parts.plan,
-        lambda batch: log_probabilities(parts.roles.policy, batch.to(device), parts.head, parts.section.temperature)[0],
-    )
 
 
 def attend(going: PolicyRun, stop: StopRequest) -> bool:
@@ -324,6 +284,22 @@ def checkpoint(going: PolicyRun) -> Path:
         bytes=sum(file.stat().st_size for file in path.iterdir()),
     )
     return path
+
+
+def stopped_for_reward(going: PolicyRun, problem: RewardFailed) -> UserError:
+    """The reward's fault as the end of a run that can go on from here: everything learned so far is saved first."""
+    step = going.progress.step
+    if step == 0:
+        return problem
+    if newest_step(going.run_dir) != step or going.state.owes_evaluation:
+        checkpoint(going)
+    going.recorder.event(step, "stopped", problem.what)
+    return RunStopped(
+        f"after step {step} {problem.what}",
+        expected=f"{problem.expected}; step {step} is saved",
+        fix=f"put the reward right, then continue with: zhibei resume {going.run_dir.path}",
+        where=problem.where,
+    )
 
 
 def bad_step(problem: NonFiniteStep, going: PolicyRun, collected: Collected | None = None) -> NonFiniteStep:

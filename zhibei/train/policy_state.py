@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from zhibei.config.errors import UserError
+from zhibei.config.policy import PpoSection
 from zhibei.losses.policy import KlController
 from zhibei.store.checkpoint import load_checkpoint, save_checkpoint
 from zhibei.train.policy_materials import PolicyMaterials
@@ -32,6 +33,8 @@ class PolicyState:
     answers: int = 0
     constant_groups: int = 0
     """Groups (or whole iterations, without groups) whose rewards were all equal."""
+    owes_evaluation: bool = False
+    """The reward failed in the evaluation of the step that is saved; it is made up for when the run goes on."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,10 +46,10 @@ class PolicyState:
 
 
 def first_state(parts: PolicyMaterials) -> PolicyState:
-    run = parts.run
-    if run.stage == "grpo":
-        return PolicyState(KlController(run.grpo.kl_coefficient))
-    return PolicyState(KlController(run.ppo.kl_coefficient, target=run.ppo.kl_target, horizon=run.ppo.kl_horizon))
+    section = parts.section
+    if isinstance(section, PpoSection):
+        return PolicyState(KlController(section.kl_coefficient, target=section.kl_target, horizon=section.kl_horizon))
+    return PolicyState(KlController(getattr(section, "kl_coefficient", 0.0)))
 
 
 def save(checkpoints: Path, parts: PolicyMaterials, progress: Progress, state: PolicyState) -> Path:

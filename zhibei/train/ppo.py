@@ -5,27 +5,19 @@ Collect answers, turn rewards into advantages, learn in small steps, watch, save
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from zhibei.config.resolve import ResolvedRun
 from zhibei.config.run import PpoSection
 from zhibei.losses.policy import KL_ESTIMATORS, gae, token_rewards, whiten
 from zhibei.store.run_dir import RunDir
-from zhibei.train.collect import Collected, collect, seed_of
+from zhibei.train.collect import Collected, seed_of
 from zhibei.train.experience import Experience, minibatches
-from zhibei.train.health import board_of, deviation, explained_variance
+from zhibei.train.health import deviation, explained_variance
 from zhibei.train.interrupts import stop_requests
+from zhibei.train.iteration import learning, record_iteration, write_and_score
 from zhibei.train.learned import Learned
-from zhibei.train.policy_run import (
-    PolicyRun,
-    attend,
-    bad_step,
-    probe_after_learning,
-    probe_before_learning,
-    train_policy,
-)
-from zhibei.train.step import NonFiniteStep
+from zhibei.train.policy_run import PolicyRun, attend, train_policy
 
 
 def train(resolved: ResolvedRun, **options: Any) -> RunDir:
@@ -38,53 +30,29 @@ def train(resolved: ResolvedRun, **options: Any) -> RunDir:
 
 def loop(going: PolicyRun) -> None:
     """Answers, advantages, updates; until the last iteration, an early stop or a signal."""
-    parts, progress, state = going.parts, going.progress, going.state
-    section = parts.run.ppo
+    section, state = going.parts.run.ppo, going.state
     with stop_requests() as stop:
-        while progress.step < going.num_iterations:
-            started = time.monotonic()
-            iteration = progress.step
-            collected = collect(parts, iteration, state.scale)
-            if iteration == 0:
-                probe_before_learning(going, collected)
-            experience = experience_of(collected, section, kl_coefficient=state.kl.coefficient)
+        while not going.is_done:
+            collected = write_and_score(going)
+            coefficient = state.kl.coefficient
+            experience = experience_of(collected, section, kl_coefficient=coefficient)
             state.constant_groups += deviation(collected.scores) == 0
             rate, critic_rate = going.rate(section.learning_rate), going.rate(section.critic_learning_rate)
-            was_untouched = parts.materials.stepper.effective_steps == 0
-            learning = time.monotonic()
-            try:
-                learned = learn(going, experience, rate=rate, critic_rate=critic_rate)
-            except NonFiniteStep as problem:
-                raise bad_step(problem, going, collected) from None
-            if was_untouched and parts.materials.stepper.effective_steps:
-                probe_after_learning(going, collected)
-            figures = board_of(collected)
+            with learning(going, collected) as learned:
+                learn(going, experience, rate=rate, critic_rate=critic_rate, into=learned)
             values_BT, returns_BT = experience.figures_BT["values"], experience.figures_BT["returns"]
-            coefficient = state.kl.coefficient
-            state.kl.update(figures["kl_per_answer"], num_answers=len(collected.rollout))
-            state.answers += len(collected.rollout)
-            progress.step = iteration + 1
-            progress.tokens += int(collected.rows.lengths.sum())
-            progress.learned_tokens += sum(collected.rollout.lengths)
-            progress.seconds += time.monotonic() - started
-            going.recorder.write(
-                "iteration",
-                progress.step,
-                **figures,
-                **learned.figures(),
+            board = record_iteration(
+                going,
+                collected,
+                learned,
+                learned_tokens=sum(collected.rollout.lengths),
+                learning_rate=rate,
+                kl_coefficient=coefficient,
                 explained_variance=explained_variance(values_BT, returns_BT, collected.mask_BT),
                 return_mean=float(returns_BT[collected.mask_BT].mean()),
-                kl_coefficient=coefficient,
                 constant_rewards=state.constant_groups,
-                learning_rate=rate,
-                epoch=round(parts.cursor.epoch_at(progress.step), 6),
-                answers=len(collected.rollout),
-                tokens=sum(collected.rollout.lengths),
-                **{name: round(value, 4) for name, value in collected.seconds.items()},
-                learning_seconds=round(time.monotonic() - learning, 4),
-                seconds=round(time.monotonic() - started, 4),
-                peak_gib=going.recorder.peak_gib(),
             )
+            state.kl.update(board["kl_per_answer"], num_answers=len(collected.rollout))
             if attend(going, stop):
                 break
 
@@ -117,25 +85,24 @@ def experience_of(collected: Collected, section: PpoSection, *, kl_coefficient: 
     )
 
 
-def learn(going: PolicyRun, experience: Experience, *, rate: float, critic_rate: float) -> Learned:
+def learn(going: PolicyRun, experience: Experience, *, rate: float, critic_rate: float, into: Learned) -> None:
     """Small steps of critic and policy over the answers, a few times; ends early when the policy has gone far."""
     parts, section = going.parts, going.parts.run.ppo
-    iteration, learned = going.progress.step, Learned()
+    iteration = going.progress.step
     assert parts.critic is not None
     for inner in range(section.inner_epochs):
         seed = seed_of(parts.run.seed + 1, iteration * section.inner_epochs + inner)
         for place, numbers in enumerate(minibatches(range(len(experience)), section.minibatches, seed=seed)):
             passes = experience.passes(numbers, parts.plan)
             with parts.roles.as_critic():
-                learned.critic.append(parts.critic.step(passes, learning_rate=critic_rate))
+                into.critic.append(parts.critic.step(passes, learning_rate=critic_rate))
             if iteration < section.critic_warmup_steps:
                 continue
             step = (iteration * section.inner_epochs + inner) * section.minibatches + place
             num_units = sum(batch.num_units for batch in passes)
             supervised = parts.ptx_passes(step, weight=section.ptx_coefficient * num_units)
             record = parts.materials.stepper.step([*passes, *supervised], learning_rate=rate)
-            learned.policy.append(record)
+            into.policy.append(record)
             if section.stop_at_kl and record.figures["kl_to_writer"] > section.stop_at_kl:
-                learned.stopped_early = True
-                return learned
-    return learned
+                into.stopped_early = True
+                return

@@ -10,6 +10,9 @@ import torch
 
 from zhibei.config.policy import PolicySection
 
+SAME_REWARD = 1e-8
+"""Rewards of a group that differ by less are equal."""
+
 
 @dataclass
 class RunningScale:
@@ -48,3 +51,13 @@ def shaped(
     if section.reward_clip:
         values = [min(max(value, -section.reward_clip), section.reward_clip) for value in values]
     return torch.tensor(values, dtype=torch.float32)
+
+
+def less_kl(rewards_B: torch.Tensor, kl_BT: torch.Tensor, mask_BT: torch.Tensor, coefficient: float) -> torch.Tensor:
+    """Rewards of answers with the KL of the whole answer taken off (arXiv:2402.14740, eq. 3)."""
+    return rewards_B - coefficient * (kl_BT * mask_BT).sum(dim=1)
+
+
+def differs(rewards_QG: torch.Tensor) -> torch.Tensor:
+    """Whether the answers of each group have different rewards, [Q]."""
+    return rewards_QG.amax(dim=1) - rewards_QG.amin(dim=1) > SAME_REWARD

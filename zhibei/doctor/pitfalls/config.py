@@ -20,7 +20,10 @@ ROUNDED_AWAY = 1e-9
 # Below the lowest published rates: 1e-6 and up for full fine-tuning; full fine-tuning's 1e-5 is too low for adapters.
 FULL_LOW, ADAPTER_LOW = 5e-7, 2e-5
 # Preference learning moves a finished model: a tenth of the rates above and far less (arXiv:2305.18290 uses 1e-6).
-STAGE_FACTORS = {"sft": (1.0, 1.0), "reward": (1.0, 0.2), "dpo": (0.2, 0.02), "ppo": (0.2, 0.02), "grpo": (0.2, 0.02)}
+STAGE_FACTORS = {
+    "sft": (1.0, 1.0), "reward": (1.0, 0.2), "dpo": (0.2, 0.02), "ppo": (0.2, 0.02), "grpo": (0.2, 0.02),
+    "raft": (1.0, 1.0),
+}  # fmt: skip
 # The size of an update to a layer grows as rate x alpha / sqrt(rank) (arXiv:2312.03732, section 3). LLaVA's rank 128
 # with alpha 256 at 2e-4 (4.5e-3) is where people report divergence; QLoRA's rank 64 with alpha 16 is 4e-4.
 MOST_ADAPTER_STEP = 3.2e-3

@@ -9,7 +9,7 @@ from zhibei.config.policy import PolicySection
 from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 
-POLICY_STAGES = ("dpo", "ppo", "grpo")
+POLICY_STAGES = ("dpo", "ppo", "grpo", "raft")
 DROPOUT = re.compile(r"(?:^|_)(?:dropout|dropout_p|dropout_prob|drop(?:out)?_rate|pdrop|dropout_ratio)$")
 HEAD = re.compile(r"(?:^|\.)(?:score|v_head|value_head|reward_head|rm_head|classifier|regression_head)(?:\.|$)")
 
