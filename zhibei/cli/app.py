@@ -34,12 +34,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("zhibei.cli.doctor:doctor", "Try what this machine can do, and say what is broken."),
     "rehearse": ("zhibei.cli.rehearse:rehearse", "Try a run for a minute."),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
+    "run": ("zhibei.cli.run:run", "Run several stages as one file: SFT, reward model, PPO, evaluation."),
     "resume": ("zhibei.cli.train:resume", "Go on with a run that was stopped."),
     "plan": ("zhibei.cli.plan:plan", "Say what a run will need: memory by cause and phase, disk, time and money."),
     "verify": ("zhibei.cli.verify:verify", "Prove that a run, a checkpoint, a model or an adapter folder is complete."),
     "explain": ("zhibei.cli.explain:explain", "Name the pitfall behind a log or traceback."),
     "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
+    "serve": ("zhibei.cli.serve:serve", "Serve models with the API of OpenAI."),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
@@ -18,6 +18,7 @@ from zhibei.generate.sampler import Answer, Piece, generate, stream
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import Located, locate
+from zhibei.model.quantized import QuantizeKind
 from zhibei.model.score_model import holds_scores
 from zhibei.model.wording import choose_template, require_as_trained, tokenizer_place
 from zhibei.store.files import read_json
@@ -144,21 +145,30 @@ def open_speaker(
     template: str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    quantize: QuantizeKind = "none",
 ) -> Speaker:
     """Load what lies at `path`: a run directory, a Hugging Face folder, a hub id, or a PEFT adapter folder.
 
-    `base` names the model under an adapter, `template` overrides what the run's manifest or the tokenizer says.
+    `base` names the model under an adapter, `template` overrides what the run's manifest or the tokenizer says,
+    `quantize` holds the weights in 8 or 4 bits (under an adapter: those of its base).
     Raises UserError when something is missing (the folder, an adapter's base, a template), and when tokenizer, template
     or base are no longer those that the run's manifest names.
     """
     _, tokenizer, chosen, notes = wording_of(path, base=base, template=template)
-    model = load_for_inference(path, device=device, precision=precision, base=base)
+    model = load_for_inference(path, device=device, precision=precision, base=base, quantize=quantize)
     return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes)
 
 
-def wording_of(
-    path: str, *, base: str | None = None, template: str | None = None
-) -> tuple[Located, Tokenizer, Template, tuple[str, ...]]:
+class Wording(NamedTuple):
+    """What a model speaks with, besides its weights."""
+
+    found: Located
+    tokenizer: Tokenizer
+    template: Template
+    notes: tuple[str, ...]
+
+
+def wording_of(path: str, *, base: str | None = None, template: str | None = None) -> Wording:
     """What lies at a path, with its tokenizer, its template and what a person should know; reads no weights.
 
     Raises UserError as `open_speaker`.
@@ -176,10 +186,17 @@ def wording_of(
     if found.run is not None:
         require_as_trained(found.run, tokenizer, asked=template)
     chosen, notes = choose_template(found, tokenizer, asked=template)
-    return found, tokenizer, chosen, notes
+    return Wording(found, tokenizer, chosen, notes)
 
 
-def open_base(speaker: Speaker, *, device: str = "auto", precision: str = "auto", base: str | None = None) -> Speaker:
+def open_base(
+    speaker: Speaker,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    base: str | None = None,
+    quantize: QuantizeKind = "none",
+) -> Speaker:
     """The model that the speaker's model was trained from, asked with the same template.
 
     With adapters these are switched off and nothing is loaded. Raises UserError when it is not known what the base was.
@@ -195,7 +212,7 @@ def open_base(speaker: Speaker, *, device: str = "auto", precision: str = "auto"
             fix="name the other model: --compare PATH",
             where="--compare base",
         )
-    model = load_for_inference(named, device=device, precision=precision)
+    model = load_for_inference(named, device=device, precision=precision, quantize=quantize)
     return replace(speaker, name=named, model=model, notes=())
 
 
