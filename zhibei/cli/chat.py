@@ -34,6 +34,8 @@ class Loading:
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the weights in 8 or 4 bits, so that a larger model fits (under an adapter: those of its base)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ def chat(
 
       zhibei chat runs/my_lora --compare base
 
+      zhibei chat meta-llama/Llama-2-13b-chat-hf --quantize nf4
+
       zhibei chat path/to/llama --template alpaca --temperature 0.2
 
       zhibei chat runs/my_run --prompt "Name three primes." --json
@@ -133,7 +137,7 @@ def chat(
 def _open(model: str, screen: Screen, *, options: SamplingOptions, loading: Loading, compare: str) -> Session:
     from zhibei.serve.chat import open_base, open_speaker
 
-    where = {"device": loading.device, "precision": loading.precision}
+    where: dict[str, Any] = {"device": loading.device, "precision": loading.precision, "quantize": loading.quantize}
 
     def open_other(speaker: Speaker) -> Speaker:
         if compare in ("", "base"):

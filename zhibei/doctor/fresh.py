@@ -46,9 +46,8 @@ def reload(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     from zhibei.train.step import checksums
 
     written = folder / "model"
-    model = load_for_inference(
-        str(written), device=request["device"], precision=request["precision"], base=request["base"]
-    )
+    where = {name: request[name] for name in ("device", "precision", "base", "quantize")}
+    model = load_for_inference(str(written), **where)
     expected = request["checksums"]
     theirs = {name: p for name, p in model.hf.named_parameters() if name in expected}
     sums = dict(zip(theirs, checksums(theirs).tolist(), strict=True)) if theirs else {}

@@ -311,6 +311,7 @@ def _against_plan(scene: Scene, checkpoint: Path) -> list[tuple[str, Finding]]:
 def _request(materials: Materials, probe: list[int]) -> dict[str, Any]:
     """What the new process is asked, and what it should find."""
     from zhibei.model.locate import locate
+    from zhibei.model.quantized import wanted_kind
     from zhibei.train.step import checksums
 
     model, tokenizer = materials.model, materials.tokenizer
@@ -320,6 +321,7 @@ def _request(materials: Materials, probe: list[int]) -> dict[str, Any]:
         "device": str(materials.device),
         "precision": materials.precision,
         "base": locate(materials.run.model.path).weights if model.hf is not model.inner else None,
+        "quantize": wanted_kind(materials.run.model),
         "checksums": dict(zip(parameters, checksums(parameters).tolist(), strict=True)),
         "probe_tokens": probe,
         "probe_text": PROBE_TEXT,

@@ -15,6 +15,7 @@ import torch
 from zhibei.config.errors import UserError
 from zhibei.model import attention
 from zhibei.model.answering import answering, plain_model
+from zhibei.model.quantized import quantised_layers
 
 
 class BatchLike(Protocol):
@@ -85,8 +86,9 @@ class LanguageModel:
         return {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
 
     def num_parameters(self) -> tuple[int, int]:
-        """(trainable, all)."""
-        everything = sum(parameter.numel() for parameter in self.hf.parameters())
+        """(trainable, all); a packed matrix counts by its size, not by the bytes it lies in."""
+        packed = sum(layer.in_features * layer.out_features for layer in quantised_layers(self.hf).values())
+        everything = packed + sum(parameter.numel() for parameter in self.hf.parameters())
         return sum(parameter.numel() for parameter in self.trainable().values()), everything
 
     def hidden(self, batch: BatchLike) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import LoraSection
+from zhibei.model.quantized import quantised_layers
 from zhibei.text.hub import no_fetched_kernels
 
 HEADS: dict[str, list[str]] = {"CAUSAL_LM": [], "SEQ_CLS": ["score"]}
@@ -39,6 +40,7 @@ def add_adapters(hf: Any, section: LoraSection, *, seed: int, task: str = "CAUSA
     if isinstance(section.targets, list):
         _check_names(section.targets, linear, where="lora.targets")
     _check_names(section.modules_to_save, [name for name, _ in hf.named_modules()], where="lora.modules_to_save")
+    _refuse_packed(section.modules_to_save, hf)
     config = peft.LoraConfig(
         task_type=task,
         r=section.rank,
@@ -55,6 +57,20 @@ def add_adapters(hf: Any, section: LoraSection, *, seed: int, task: str = "CAUSA
         torch.manual_seed(seed)
         # autocast_adapter_dtype=False: adapters stay in the model's type; their fp32 master copy is the optimiser's.
         return peft.get_peft_model(hf, config, autocast_adapter_dtype=False)
+
+
+def _refuse_packed(names: list[str], hf: Any) -> None:
+    """PEFT would copy a packed matrix and call it trained; there is nothing in it that could learn."""
+    for packed in quantised_layers(hf):
+        named = [name for name in names if packed == name or packed.endswith("." + name)]
+        if named:
+            raise UserError(
+                f"lora.modules_to_save: {named[0]} is a layer whose weights are held in few bits",
+                expected="modules that stay in 16 bits on a quantised base: embed_tokens, lm_head, norms",
+                fix=f"remove {named[0]} from lora.modules_to_save (an adapter can still be put on it: lora.targets)",
+                where="lora.modules_to_save",
+                pitfall="modules-to-save-in-few-bits",
+            )
 
 
 def _continue_from(hf: Any, folder: Path) -> Any:

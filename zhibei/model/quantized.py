@@ -96,7 +96,7 @@ class Packing:
             yield flags
 
 
-def wanted_kind(section: ModelSection) -> str:
+def wanted_kind(section: ModelSection) -> QuantizeKind:
     """What the run file asks the base to be held as: `method: qlora` alone means nf4."""
     return "nf4" if section.method == "qlora" and section.quantize == "none" else section.quantize
 

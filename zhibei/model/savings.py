@@ -42,7 +42,7 @@ def checkpoint_activations(model: LanguageModel, how: str, *, compiled: bool = F
 
 def _keep_expensive(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     name = str(operation)
-    expensive = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "varlen_attn")
+    expensive = ("aten.mm", "aten.addmm", "aten.bmm", "quantised_linear", "attention", "varlen_attn")
     return CheckpointPolicy.MUST_SAVE if any(part in name for part in expensive) else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -13,6 +13,7 @@ from zhibei.config.errors import RunStopped
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import locate
+from zhibei.model.quantized import held_bytes, wanted_kind
 from zhibei.model.save import write_weights
 from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.files import read_json, write_json_atomic
@@ -134,7 +135,8 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
     model = materials.model
     base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
     place, precision = place_to_read_back(materials)
-    read_back = load_for_inference(str(folder), device=place, precision=precision, base=base)
+    kind = wanted_kind(materials.run.model)
+    read_back = load_for_inference(str(folder), device=place, precision=precision, base=base, quantize=kind)
     proofs = [compare_tensors(model, read_back, is_whole=base is None)]
     tokens_BT = torch.as_tensor(probe_row(materials), device=materials.device)[None]
     with torch.no_grad(), model.sampling() as trained, read_back.sampling() as again:
@@ -175,9 +177,9 @@ def place_to_read_back(materials: Materials) -> tuple[str, str]:
     """
     device = materials.device
     if device.type == "cuda":
-        parameters = list(materials.model.hf.parameters())
-        largest = max(parameter.numel() for parameter in parameters)
-        needed = sum(parameter.numel() * parameter.element_size() for parameter in parameters) + 8 * largest
+        hf = materials.model.hf
+        largest = max(parameter.numel() for parameter in hf.parameters())
+        needed = held_bytes(hf) + 8 * largest
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if torch.cuda.mem_get_info(device)[0] + unused < 1.1 * needed:
             return "cpu", "fp32" if materials.precision == "fp16" else materials.precision
