@@ -33,7 +33,8 @@ THIRD_PARTY: dict[str, tuple[set[str], set[str]]] = {
     "losses": ({"torch"}, set()),
     "plan": (set(), set()),
     "doctor": ({"numpy"}, {"torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "safetensors"}),
-    "generate": ({"torch"}, {"transformers", "vllm"}),
+    # xllamacpp is llama.cpp in this process; its logits come as arrays of numpy.
+    "generate": ({"torch", "numpy"}, {"transformers", "vllm", "xllamacpp"}),
     # Answers become rows, and rows are arrays of numpy.
     "train": ({"torch", "numpy"}, {"bitsandbytes"}),
     "evaluate": ({"numpy", "torch"}, set()),

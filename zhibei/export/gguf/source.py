@@ -1,0 +1,161 @@
+"""What a GGUF file is made from: sizes, tensors read one at a time, tokenizer and template. Loads no model.
+
+An adapter is merged into its base while its tensors are read, in fp32, so that nothing has to be merged beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.export.adapters import Replacement, changed, mixed_changes, read_adapter_folder
+from zhibei.model.locate import Located, locate
+from zhibei.model.score_model import holds_scores
+from zhibei.model.wording import choose_template, tokenizer_place
+from zhibei.store.files import read_json
+from zhibei.store.shards import TensorFolder, read_tensors
+from zhibei.text.template import Template
+from zhibei.text.tokenizer import Tokenizer, load_tokenizer
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor that is read when asked for, as fp32."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on the disk. `template` is None where neither its run nor its tokenizer names one."""
+
+    path: str
+    found: Located
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Read]
+    tokenizer: Tokenizer
+    template: Template | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What people would call the model: the run, the adapter, or the folder."""
+        run = self.found.run
+        return (run.path if run else self.found.adapter or Path(self.found.weights)).resolve().name
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.found.weights)
+
+
+def open_source(path: str, *, base: str | None = None, template: str | None = None) -> Source:
+    """The model at a path: a run directory, a Hugging Face folder, or a PEFT adapter on its base.
+
+    Raises UserError when something is missing, when it is a reward model, and when its weights are not here.
+    """
+    found = locate(path, base=base)
+    if holds_scores(found):
+        raise UserError(
+            f"{path} is a reward model: llama.cpp writes text with a model, and this one gives scores",
+            expected="a language model, such as a run of stage sft or dpo",
+            fix="export the model that it was made from, or score in Python: zhibei.judge(PATH)",
+            where=path,
+        )
+    folder = Path(found.weights)
+    if not folder.is_dir():
+        raise UserError(
+            f"{found.weights} is not on this disk",
+            expected="a folder with config.json and *.safetensors",
+            fix=f"download it first: hf download {found.weights} --local-dir FOLDER",
+            where=path,
+        )
+    tokenizer = load_tokenizer(tokenizer_place(found))
+    chosen, notes = _template(found, tokenizer, template)
+    return Source(
+        path=path,
+        found=found,
+        config=_text_config(folder),
+        tensors=_tensors(found),
+        tokenizer=tokenizer,
+        template=chosen,
+        notes=notes,
+    )
+
+
+def _template(found: Located, tokenizer: Tokenizer, asked: str | None) -> tuple[Template | None, tuple[str, ...]]:
+    """A base model may have none; then it continues text, and the file says nothing of chats."""
+    try:
+        return choose_template(found, tokenizer, asked=asked)
+    except UserError:
+        if asked is not None or found.run is not None:
+            raise
+        return None, ("there is no chat template in it: name the one it was trained with, if it was trained to chat",)
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(
+            "config.json holds no settings",
+            expected="a JSON object with model_type and sizes",
+            fix="copy the file again from the model's source",
+            where=str(folder / "config.json"),
+        )
+    return config
+
+
+def _tensors(found: Located) -> dict[str, Read]:
+    """Every tensor of the merged model, by the name it has in the base."""
+    stored = read_tensors(Path(found.weights), stem="model")
+    tensors = {name: _stored(stored, name) for name in stored}
+    if found.adapter is None:
+        return tensors
+    adapter = read_adapter_folder(found.adapter)
+    changes = mixed_changes([adapter])
+    whole = {
+        name: tuple(adapter.tensors.spec(change.tensor).shape)
+        for name, parts in changes.items()
+        for _, change in parts
+        if isinstance(change, Replacement)
+    }
+    unknown = sorted(name for name in changes if name not in tensors and name not in whole)
+    if unknown:
+        raise UserError(
+            f"the adapter changes {unknown[0]}, which the base does not have",
+            expected="the base that the adapter was trained on",
+            fix="name that base with --base",
+            where=str(found.adapter),
+            pitfall="adapter-on-wrong-base",
+        )
+    for name, change in changes.items():
+        before = tensors.get(name)
+        shape = whole.get(name) or (before.shape if before else ())
+        tensors[name] = Read(shape, partial(_merged, before, shape, change, name))
+    return tensors
+
+
+def _stored(stored: TensorFolder, name: str) -> Read:
+    entry = stored.spec(name)
+    if entry.dtype not in FLOATS:
+        raise UserError(
+            f"tensor {name} is stored as {entry.dtype}: these weights are quantised already",
+            expected=f"weights as {', '.join(FLOATS)}",
+            fix="export from the 16-bit model; quantising twice loses twice",
+            pitfall="merge-into-quantized-base",
+        )
+    return Read(tuple(entry.shape), lambda: stored.read_unmapped(name).to(torch.float32).numpy())
+
+
+def _merged(before: Read | None, shape: tuple[int, ...], change: Any, name: str) -> np.ndarray:
+    base = torch.from_numpy(before.read()) if before else torch.empty(shape)
+    return changed(base, change, dtype=torch.float32, name=name).numpy()
