@@ -88,6 +88,11 @@ class Growing:
     def ended(self) -> bool:
         return self._finish is not None
 
+    @property
+    def token_ids(self) -> list[int]:
+        """What was drawn so far."""
+        return [token.id for token in self._tokens]
+
     def take(self, token: Token, stops: frozenset[int]) -> str:
         """Add a token; the text that became certain by it. Raises UserError for a log-probability that is no number."""
         if not math.isfinite(token.model_logp):

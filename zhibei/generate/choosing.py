@@ -69,8 +69,14 @@ class Chooser:
             if tensor is not None:
                 tensor[target] = tensor[source]
 
-    def choose_first(self, logits_BV: torch.Tensor, slots: Sequence[int], prompts: Sequence[list[int]]) -> Drawn:
-        """The first token of the answers in these slots."""
+    def choose_first(
+        self,
+        logits_BV: torch.Tensor,
+        slots: Sequence[int],
+        prompts: Sequence[list[int]],
+        allowed_BV: torch.Tensor | None = None,
+    ) -> Drawn:
+        """The first token of the answers in these slots; where given, one of the allowed ones."""
         for slot, prompt in zip(slots, prompts, strict=True):
             if self._options[slot].repetition_penalty != 1:
                 if self._seen_SV is None:
@@ -79,31 +85,39 @@ class Chooser:
                 self._seen_SV[slot] = False
                 self._seen_SV[slot, torch.tensor(prompt, device=self._device)] = True
         where = torch.tensor(list(slots), device=self._device)
-        return self._choose(logits_BV, where, self._groups_of(slots), self._most_alternatives(slots))
+        return self._choose(logits_BV, where, self._groups_of(slots), self._most_alternatives(slots), allowed_BV)
 
-    def choose(self, logits_BV: torch.Tensor) -> Drawn:
-        """The next token of the first B slots."""
+    def choose(self, logits_BV: torch.Tensor, allowed_BV: torch.Tensor | None = None) -> Drawn:
+        """The next token of the first B slots; where given, one of the allowed ones."""
         num_rows = logits_BV.shape[0]
         if self._prefix_groups is None or self._prefix_groups[0] != num_rows:
             self._prefix_groups = num_rows, self._groups_of(range(num_rows))
         alternatives = self._most_alternatives(range(num_rows))
-        return self._choose(logits_BV, slice(0, num_rows), self._prefix_groups[1], alternatives)
+        return self._choose(logits_BV, slice(0, num_rows), self._prefix_groups[1], alternatives, allowed_BV)
 
-    def _choose(self, logits_BV: torch.Tensor, where: Any, groups: list[_Group], alternatives: int) -> Drawn:
+    def _choose(
+        self,
+        logits_BV: torch.Tensor,
+        where: Any,
+        groups: list[_Group],
+        alternatives: int,
+        allowed_BV: torch.Tensor | None,
+    ) -> Drawn:
         sums_B = logits_BV.logsumexp(dim=-1)
         # A row whose answer has ended may run on for a while; its draws are not used.
         places_B = self._drawn_S[where].clamp(max=self._uniform_ST.shape[1] - 1)
         uniform_B = self._uniform_ST[where].gather(1, places_B.unsqueeze(1)).squeeze(1)
         seen_BV = None if self._seen_SV is None else self._seen_SV[where]
+        open_BV = logits_BV if allowed_BV is None else logits_BV.masked_fill(~allowed_BV, -torch.inf)
         if len(groups) == 1:
-            tokens_B, logps_B = _draw(logits_BV, groups[0].options, uniform_B, seen_BV)
+            tokens_B, logps_B = _draw(open_BV, groups[0].options, uniform_B, seen_BV)
         else:
             tokens_B = torch.zeros_like(places_B)
             logps_B = torch.zeros_like(sums_B)
             for group in groups:
                 rows = group.rows
                 seen = None if seen_BV is None else seen_BV[rows]
-                tokens_B[rows], logps_B[rows] = _draw(logits_BV[rows], group.options, uniform_B[rows], seen)
+                tokens_B[rows], logps_B[rows] = _draw(open_BV[rows], group.options, uniform_B[rows], seen)
         self._drawn_S[where] += 1
         if seen_BV is not None and self._seen_SV is not None:
             self._seen_SV[where] = seen_BV.scatter(1, tokens_B.unsqueeze(1), True)

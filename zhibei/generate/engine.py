@@ -6,7 +6,7 @@ Knows models through roads (generate/decoding.py); no template, no stage, no thr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,8 @@ class Request:
     """Likeliest tokens that are noted at each place, 0 to 20."""
     pieces: bool = True
     """Text comes as it grows; otherwise only with the whole answer, which costs less."""
+    mask: Callable[[Sequence[int]], torch.Tensor] | None = None
+    """Which tokens may come next (bool [V]), given those drawn so far; a grammar, for instance."""
 
 
 @dataclass
@@ -165,9 +167,11 @@ class Engine:
         try:
             self._begin()
             self._admit()
+            pieces: list[tuple[int, Piece]] = []
+            while self._in_flight and any(one.request.mask for one in self._active):
+                pieces += self._read()  # what may come next depends on what has come
             if self._going():
                 self._launch()
-            pieces: list[tuple[int, Piece]] = []
             lag = STEPS_IN_FLIGHT.get(self._device.type, 1)
             while self._in_flight and (len(self._in_flight) >= lag or not self._going()):
                 pieces += self._read()
@@ -233,7 +237,7 @@ class Engine:
                 alternatives=one.request.top_logprobs,
             )
         logits_BV = self._road.prefill(prompts, slots)
-        drawn = self._chooser.choose_first(logits_BV, slots, prompts)
+        drawn = self._chooser.choose_first(logits_BV, slots, prompts, _allowed(batch, logits_BV))
         self._active += batch
         where = slice(slots[0], slots[-1] + 1)
         self._tokens_S[where] = drawn.tokens_B
@@ -247,7 +251,7 @@ class Engine:
         columns = max(one.length for one in self._active) + 1
         positions_B = self._positions_S[:num_rows].clamp(max=columns - 1)
         logits_BV = self._road.step(self._tokens_S[:num_rows], positions_B, columns=columns)
-        drawn = self._chooser.choose(logits_BV)
+        drawn = self._chooser.choose(logits_BV, _allowed(self._active, logits_BV))
         self._tokens_S[:num_rows] = drawn.tokens_B
         self._positions_S[:num_rows] += 1
         self._fly(self._active, drawn)
@@ -287,6 +291,17 @@ class Engine:
                 self._tokens_S[slot], self._positions_S[slot] = self._tokens_S[last], self._positions_S[last]
                 self._active[slot] = self._active[last]
             self._active.pop()
+
+
+def _allowed(batch: Sequence[_Active], logits_BV: torch.Tensor) -> torch.Tensor | None:
+    """What the masks of these rows let through; None where there is no mask."""
+    if not any(one.request.mask for one in batch):
+        return None
+    allowed_BV = torch.ones_like(logits_BV, dtype=torch.bool)
+    for row, one in enumerate(batch):
+        if one.request.mask is not None:
+            allowed_BV[row] = one.request.mask(one.growing.token_ids).to(logits_BV.device)
+    return allowed_BV
 
 
 def _alternatives(likeliest: list[float], num: int) -> list[tuple[int, float]] | None:
