@@ -5,7 +5,7 @@ The prompt comes from the same Template object that rendered the training rows, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -76,25 +76,7 @@ class Speaker:
 
         Raises UserError when the last message alone is too long, or when the template cannot express the messages.
         """
-        tokens = self._encode(messages)
-        context = self.context_tokens
-        if context is None:
-            return Prompt(tokens)
-        room = context - min(options.max_new_tokens, int(context * ANSWER_SHARE))
-        system, turns = _split_system(messages)
-        num_dropped = 0
-        while len(tokens) > room and len(turns) > 2:
-            turns, num_dropped = turns[2:], num_dropped + 2
-            tokens = self._encode([*system, *turns])
-        if len(tokens) > room:
-            raise UserError(
-                f"the message is too long: {len(tokens)} prompt tokens",
-                expected=f"at most {room} of the model's {context} tokens, so that an answer has room",
-                fix="shorten the message or the system prompt, or lower max_new_tokens",
-                where="chat",
-            )
-        notice = f"the oldest {num_dropped} messages no longer fit into {context} tokens" if num_dropped else ""
-        return Prompt(tokens, num_dropped, notice)
+        return fitting_prompt(messages, self._encode, context=self.context_tokens, most_new=options.max_new_tokens)
 
     def stream(self, prompt: Prompt, options: SamplingOptions) -> Iterator[Piece]:
         """The answer to a prompt, piece by piece; the last piece carries the whole Answer."""
@@ -134,8 +116,37 @@ class Speaker:
         return self.tokenizer.encode(self.template.render(messages, answer_next=True).text)
 
     def _fitting(self, options: SamplingOptions) -> SamplingOptions:
-        stops = (*options.stop_strings, *(text for text in self.template.stop_strings if text))
-        return replace(options, stop_strings=tuple(dict.fromkeys(stops)), overflow="fewer_tokens")
+        return with_template_stops(options, self.template)
+
+
+def fitting_prompt(
+    messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], *, context: int | None, most_new: int
+) -> Prompt:
+    """The prompt of a history, without its oldest turns where it does not fit; see `Speaker.prompt`."""
+    tokens = encode(messages)
+    if context is None:
+        return Prompt(tokens)
+    room = context - min(most_new, int(context * ANSWER_SHARE))
+    system, turns = _split_system(messages)
+    num_dropped = 0
+    while len(tokens) > room and len(turns) > 2:
+        turns, num_dropped = turns[2:], num_dropped + 2
+        tokens = encode([*system, *turns])
+    if len(tokens) > room:
+        raise UserError(
+            f"the message is too long: {len(tokens)} prompt tokens",
+            expected=f"at most {room} of the model's {context} tokens, so that an answer has room",
+            fix="shorten the message or the system prompt, or lower max_new_tokens",
+            where="chat",
+        )
+    notice = f"the oldest {num_dropped} messages no longer fit into {context} tokens" if num_dropped else ""
+    return Prompt(tokens, num_dropped, notice)
+
+
+def with_template_stops(options: SamplingOptions, template: Template) -> SamplingOptions:
+    """The options of a chat: answers also end at the template's own strings, and where the context is full."""
+    stops = (*options.stop_strings, *(text for text in template.stop_strings if text))
+    return replace(options, stop_strings=tuple(dict.fromkeys(stops)), overflow="fewer_tokens")
 
 
 def open_speaker(

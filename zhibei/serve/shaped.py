@@ -22,8 +22,8 @@ _PARAM = "response_format"
 class Shape:
     """One answer's mask: called with the tokens drawn so far, it says which may come next (bool [V])."""
 
-    def __init__(self, matcher: Any, vocabulary_size: int) -> None:
-        self._matcher, self._num_read = matcher, 0
+    def __init__(self, matcher: Any, vocabulary_size: int, stop_ids: Sequence[int]) -> None:
+        self._matcher, self._num_read, self._stop_ids = matcher, 0, list(stop_ids)
         self._bits = torch.zeros((vocabulary_size + 31) // 32, dtype=torch.int32)
         self._places = torch.arange(32, dtype=torch.int32)
         self._size = vocabulary_size
@@ -33,7 +33,10 @@ class Shape:
             self._matcher.consume_token(int(token))
         self._num_read = len(tokens)
         self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.numel() * 4)
-        return ((self._bits.unsqueeze(1) >> self._places) & 1).bool().flatten()[: self._size]
+        allowed_V = ((self._bits.unsqueeze(1) >> self._places) & 1).bool().flatten()[: self._size]
+        if not allowed_V.any():  # the document is complete
+            allowed_V[self._stop_ids] = True
+        return allowed_V
 
 
 def mask_maker(response_format: Mapping[str, Any], hosted: Hosted) -> Callable[[], Shape] | None:
@@ -63,7 +66,7 @@ def mask_maker(response_format: Mapping[str, Any], hosted: Hosted) -> Callable[[
     if fault:
         raise Refusal(400, f"this schema cannot be held to: {fault.splitlines()[0][:300]}", _PARAM, "invalid_schema")
     size = hosted.speaker.model.config.vocab_size
-    return lambda: Shape(llguidance.LLMatcher(words, grammar), size)
+    return lambda: Shape(llguidance.LLMatcher(words, grammar), size, hosted.speaker.stop_ids)
 
 
 @lru_cache(maxsize=8)
