@@ -71,7 +71,8 @@ class BatchPlan:
 
     `pad_multiple`: token counts are padded up to a multiple, so that compiled kernels see few shapes.
     `rows_per_item`: so many rows in sequence are one item, never torn apart (2: chosen and rejected of a pair); the
-    global batch counts items. `unit`: what the loss is a mean of.
+    global batch counts items. `unit`: what the loss is a mean of. `rank`, `world`: with several ranks, these are the
+    passes of one of them.
     """
 
     global_batch: int
@@ -84,6 +85,10 @@ class BatchPlan:
     pad_token: int = 0
     rows_per_item: int = 1
     unit: Literal["tokens", "items"] = "tokens"
+    rank: int = 0
+    """Which part of every step these passes are."""
+    world: int = 1
+    """How many parts a step has; every part has equally many passes, because ranks wait for one another in each."""
 
 
 class Batches:
@@ -143,7 +148,7 @@ class Batches:
             groups = split_packed(self._lengths[items], plan.micro_batch_tokens)
         else:
             groups = split_padded(self._lengths[items], plan.micro_batch_tokens // plan.rows_per_item)
-        return [self._pass(items[group]) for group in groups]
+        return [self._pass(items[group]) for group in shares_of(groups, rank=plan.rank, world=plan.world)]
 
     def _pass(self, items: np.ndarray) -> Batch:
         plan = self.plan
@@ -178,6 +183,22 @@ class Batches:
         end = min(self.num_items, limit or self.num_items)
         for start in range(0, end, self.plan.global_batch):
             yield from self._passes(np.arange(start, min(start + self.plan.global_batch, end)))
+
+
+def shares_of(groups: list[list[int]], *, rank: int, world: int) -> list[list[int]]:
+    """The groups of one rank, dealt out in turn; where they do not come out even, the largest are halved.
+
+    With fewer items than ranks there is no fair share, and every rank takes all groups: means stay what they are.
+    """
+    if world == 1 or sum(len(group) for group in groups) < world:
+        return groups
+    even = list(groups)
+    while len(even) % world:
+        largest = max(range(len(even)), key=lambda i: (len(even[i]), -i))
+        group = even.pop(largest)
+        middle = len(group) // 2
+        even[largest:largest] = [group[:middle], group[middle:]]
+    return even[rank::world]
 
 
 def epoch_order(lengths: np.ndarray, plan: BatchPlan, epoch: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from zhibei.config.errors import UserError
 from zhibei.model import attention
 from zhibei.model.answering import answering, plain_model
 from zhibei.model.quantized import quantised_layers
+from zhibei.model.ranks import Place, whole
 
 
 class BatchLike(Protocol):
@@ -67,6 +68,8 @@ class LanguageModel:
         self.attention_name = attention_name
         self.longest_row = longest_row
         self.neftune_alpha = neftune_alpha
+        self.place: Place | None = None
+        """Set when the model is divided among ranks."""
 
     @property
     def config(self) -> Any:
@@ -74,12 +77,25 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.head.weight.device if self.place is None else self.place.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the body; a score head is fp32 whatever the body computes in."""
+        """What the body computes in; a score head is fp32 whatever that is."""
+        if self.place is not None:
+            return self.place.dtype
         return self.inner.get_input_embeddings().weight.dtype
+
+    @property
+    def head_weight_VD(self) -> torch.Tensor:
+        """The head's weight in what the body computes in; of a divided model put together from all ranks."""
+        return self.head.weight if self.place is None else whole(self.head.weight, self.place.dtype)
+
+    @property
+    def head_bias_V(self) -> torch.Tensor | None:
+        """The head's bias, likewise."""
+        bias = self.head.bias
+        return bias if self.place is None or bias is None else whole(bias, self.place.dtype)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that learn, by the name they have in `hf`; tied ones appear once."""
@@ -121,7 +137,7 @@ class LanguageModel:
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] in fp32, as the model itself would give them. For short inputs: nothing is chunked here."""
-        raw_NV = torch.nn.functional.linear(hidden_ND, self.head.weight, self.head.bias).float()
+        raw_NV = torch.nn.functional.linear(hidden_ND, self.head_weight_VD, self.head_bias_V).float()
         shaped_NV = raw_NV * self.head_shape.scale
         cap = self.head_shape.softcap
         return shaped_NV if cap is None else cap * torch.tanh(shaped_NV / cap)

@@ -30,7 +30,9 @@ class RowLogps:
 def row_logps(model: LanguageModel, batch: Batch, shape: TokenLoss) -> RowLogps:
     """log pi(answer | prompt) of each row. `shape` is that of the model's head."""
     targets_N = batch.targets_BT.flatten()
-    logps_N, _ = token_logps(model.hidden(batch), model.head.weight, targets_N, bias_V=model.head.bias, shape=shape)
+    logps_N, _ = token_logps(
+        model.hidden(batch), model.head_weight_VD, targets_N, bias_V=model.head_bias_V, shape=shape
+    )
     learned_N = (targets_N != NOT_LEARNED).float()
     return RowLogps(_by_row(logps_N, batch), _by_row(learned_N, batch))
 

@@ -19,6 +19,7 @@ from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.dropout import without_dropout
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import Need, load_for_training
+from zhibei.model.ranks import current
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.model.score_model import load_score_model
 from zhibei.plan.settle import Settled
@@ -160,8 +161,17 @@ def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
     checkpoint_activations(model, "none" if how == "auto" else how, compiled=compiled)
     plain = TokenLoss(softcap=model.head_shape.softcap, logit_scale=model.head_shape.scale, compiled=compiled)
     task = TASKS[run.stage](run, plain)
-    optimizer = make_optimizer(model.trainable(), run.training)
-    return Stepper(model, optimizer, task.step_loss, max_grad_norm=run.training.max_grad_norm), task
+    learning = model.trainable()
+    optimizer = make_optimizer(learning, run.training)
+    stepper = Stepper(
+        model,
+        optimizer,
+        task.step_loss,
+        max_grad_norm=run.training.max_grad_norm,
+        parameters=learning,
+        ranks=current(),
+    )
+    return stepper, task
 
 
 def plan_without_model(

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import TrainingSection
+from zhibei.model.ranks import own_part
 from zhibei.text.hub import no_fetched_kernels
 from zhibei.train.split_adamw import SplitAdamW
 
@@ -21,7 +23,8 @@ ELEMENTS_PER_UPDATE = 2**28
 
 
 class Optimizer(Protocol):
-    """What a step and a checkpoint need of an optimiser."""
+    """What a step and a checkpoint need of an optimiser. `parameters` are what it updates: of a divided model the
+    parts that this rank holds."""
 
     parameters: dict[str, torch.nn.Parameter]
 
@@ -35,8 +38,17 @@ class Optimizer(Protocol):
 def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> Optimizer:
     """AdamW on bf16 weights keeps its masters split (two bytes less per weight); everything else keeps fp32 copies.
 
-    A score head is fp32 on a bf16 body: each kind is then updated by its own.
+    A score head is fp32 on a bf16 body: each kind is then updated by its own. Raises UserError for an optimiser that
+    would have to see whole matrices where ranks hold parts.
     """
+    if section.optimizer == "adafactor" and any(isinstance(p, DTensor) for p in parameters.values()):
+        raise UserError(
+            "adafactor keeps means over rows and columns of whole matrices, and the model is divided among ranks",
+            expected="an optimiser that works on parts: adamw or adamw_8bit",
+            fix="set optimizer: adamw, or distributed.sharding: no_shard",
+            where="optimizer",
+        )
+    parameters = {name: held_part(parameter) for name, parameter in parameters.items()}
     bf16 = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16}
     others = {name: p for name, p in parameters.items() if name not in bf16}
     if section.optimizer != "adamw" or not bf16:
@@ -44,6 +56,13 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], section: Traini
     if not others:
         return SplitAdamW(parameters, section)
     return PartedOptimizer(SplitAdamW(bf16, section), MasterOptimizer(others, section), parameters)
+
+
+def held_part(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A divided parameter's part on this rank, in the same memory; any other parameter itself."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return torch.nn.Parameter(own_part(parameter.detach()), requires_grad=parameter.requires_grad)
 
 
 class PartedOptimizer:

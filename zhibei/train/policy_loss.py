@@ -52,9 +52,9 @@ def log_probabilities(
     """(log-probability of the next token where it is learned, entropy there), both [N], 0 elsewhere."""
     return token_logps(
         model.hidden(batch),
-        model.head.weight,
+        model.head_weight_VD,
         batch.targets_BT.flatten(),
-        bias_V=model.head.bias,
+        bias_V=model.head_bias_V,
         shape=shape,
         temperature=temperature,
     )
@@ -72,9 +72,9 @@ def policy_loss(shape: PolicyShape) -> StepLoss:
         if PTX in columns:
             summed = cross_entropy_sum(
                 model.hidden(batch),
-                model.head.weight,
+                model.head_weight_VD,
                 batch.targets_BT.flatten(),
-                bias_V=model.head.bias,
+                bias_V=model.head_bias_V,
                 loss=shape.head,
             )
             return summed * columns[PTX][0]

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from zhibei.config.errors import RunStopped, UserError
 from zhibei.data.batches import Batch
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import ALONE, Ranks, own_part
 from zhibei.train.optimizer import Optimizer
 
 LossSum = Callable[[LanguageModel, Batch], torch.Tensor]
@@ -91,16 +93,21 @@ class Stepper:
         loss_sum: StepLoss,
         *,
         max_grad_norm: float,
+        parameters: Mapping[str, torch.nn.Parameter] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """`parameters` are what learns, where gradients appear. By default what the optimiser updates; of a divided
+        model that is only the parts which this rank holds."""
         self.model, self.optimizer, self.loss_sum = model, optimizer, loss_sum
-        self.max_grad_norm = max_grad_norm
+        self.parameters = dict(optimizer.parameters if parameters is None else parameters)
+        self.max_grad_norm, self.ranks = max_grad_norm, ranks
         self.scale = LossScale(enabled=model.dtype == torch.float16)
         self._sums: dict[str, torch.Tensor] = {}
         self._is_summing = False
         self._reached: dict[tuple[str, ...], torch.Tensor] = {}
         self._checksums_at_start: torch.Tensor | None = None
         self.effective_steps = 0
-        for name, parameter in optimizer.parameters.items():
+        for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.register_post_accumulate_grad_hook(self._sum_in_fp32(name))
 
@@ -110,7 +117,12 @@ class Stepper:
         Raises NonFiniteStep before anything is updated when loss or gradients are not finite, and UserError when
         the step has nothing to learn.
         """
-        num_units = sum(batch.num_units for batch in micro_batches)
+        counted = (
+            sum(batch.num_units for batch in micro_batches),
+            sum(batch.num_tokens for batch in micro_batches),
+            sum(batch.num_learned for batch in micro_batches),
+        )
+        num_units, num_tokens, num_learned = (int(number) for number in self.ranks.sum_on_host(*counted))
         if num_units == 0:
             raise UserError(
                 "no token of a whole optimiser step is learned",
@@ -118,7 +130,8 @@ class Stepper:
                 fix="look at the mask with: zhibei data show",
                 where="data.supervise",
             )
-        self._is_summing = len(micro_batches) > 1
+        # Gradients of ranks are added in fp32 like those of passes.
+        self._is_summing = len(micro_batches) > 1 or self.ranks.are_several
         total = torch.zeros((), device=self.model.device)
         figures: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
@@ -133,19 +146,20 @@ class Stepper:
         gradients = self._gradients()
         if not gradients:
             raise nothing_learns()
-        norms_N = gradient_norms(gradients)
+        norms_N = self._norms(gradients)
         self._note_reached(tuple(gradients), norms_N)
         norm = torch.linalg.vector_norm(norms_N) / self.scale.value
         # The one wait for the device in a step: a bad step must be seen before it is applied.
-        means = [value.float() / num_units for value in figures.values()]
-        loss, grad_norm, *others = torch.stack([total / num_units, norm, *means]).tolist()
+        sums = torch.stack([total, *(value.float() for value in figures.values())])
+        means = self.ranks.sum(sums) / num_units
+        loss, *others, grad_norm = torch.cat([means, norm[None]]).tolist()
         record = StepRecord(
             loss=loss,
             grad_norm=grad_norm,
             num_units=num_units,
-            num_tokens=sum(batch.num_tokens for batch in micro_batches),
+            num_tokens=num_tokens,
             num_micro_batches=len(micro_batches),
-            num_learned_tokens=sum(batch.num_learned for batch in micro_batches),
+            num_learned_tokens=num_learned,
             figures=dict(zip(figures, others, strict=True)),
         )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -206,12 +220,35 @@ class Stepper:
         return hook
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        plain = {name: p.grad for name, p in self.optimizer.parameters.items() if p.grad is not None}
-        return {**plain, **self._sums}
+        """Summed over ranks: of divided parameters, this rank's part (divided already while it was summed)."""
+        plain = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        found = {**plain, **self._sums}
+        # Ranks that saw other rows may lack other gradients; all of them must add the same ones in the same order.
+        if self.ranks.are_several and found:
+            for name, parameter in self.parameters.items():
+                if not isinstance(parameter, DTensor):
+                    held = found.get(name)
+                    held = torch.zeros_like(parameter, dtype=torch.float32) if held is None else held.float()
+                    found[name] = self.ranks.sum(held)
+        return {name: own_part(gradient) for name, gradient in found.items()}
+
+    def _norms(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Euclidean norm of each gradient; squares of divided ones are added over the ranks that hold parts."""
+        norms_N = gradient_norms(gradients)
+        groups = {p.device_mesh: p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)}
+        for mesh in groups:
+            squares_N = norms_N.square()
+            is_part_N = torch.tensor(
+                [isinstance(self.parameters[name], DTensor) for name in gradients], device=norms_N.device
+            )
+            summed_N = squares_N * is_part_N
+            torch.distributed.all_reduce(summed_N, group=mesh.get_group(mesh.ndim - 1))
+            norms_N = torch.where(is_part_N, summed_N, squares_N).sqrt()
+        return norms_N
 
     def _forget_gradients(self) -> None:
         self._sums = {}
-        for parameter in self.optimizer.parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = None
 
     def _bad_step(self, record: StepRecord, micro_batches: Sequence[Batch]) -> StepRecord:

@@ -15,7 +15,7 @@ def token_loss(shape: TokenLoss) -> LossSum:
 
     def loss_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
         return cross_entropy_sum(
-            model.hidden(batch), model.head.weight, batch.targets_BT.flatten(), bias_V=model.head.bias, loss=shape
+            model.hidden(batch), model.head_weight_VD, batch.targets_BT.flatten(), bias_V=model.head_bias_V, loss=shape
         )
 
     return loss_sum

@@ -1,0 +1,180 @@
+"""One model divided among ranks with PyTorch's FSDP2. Knows modules and ranks, not losses or loops.
+
+Decoder layers and the body are units of `fully_shard`; embedding and head are divided beside them, because losses read
+the head's weight without running it, and because tied ones are one tensor. Gradients are sums over ranks: what a step's
+loss is a mean of is divided once, by the step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from zhibei.config.errors import UserError
+from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import Place, Ranks, whole
+
+Sharding = Literal["no_shard", "shard_grad_op", "full_shard", "hybrid"]
+
+
+def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """The ranks in a row; for `hybrid` nodes by ranks within a node: shards stay inside, copies lie across."""
+    if how != "hybrid":
+        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
+    if ranks.world % ranks.per_node or ranks.world == ranks.per_node:
+        raise UserError(
+            f"hybrid sharding over {ranks.world} ranks, {ranks.per_node} of them on this node",
+            expected="two or more nodes with equally many ranks",
+            fix="set distributed.sharding: full_shard",
+            where="distributed.sharding",
+        )
+    shape = (ranks.world // ranks.per_node, ranks.per_node)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    model: LanguageModel,
+    how: Sharding,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    offload: bool = False,
+) -> None:
+    """Divide the model in place; `no_shard` leaves every rank its whole copy.
+
+    Parameters that learn become fp32 (they are their own masters); products run in `compute_dtype`. Rank 0's weights
+    are what counts: the others' may lie on the meta device. `offload`: what a rank holds lies in host memory between
+    uses. Raises UserError for adapters that hold whole modules (lora.modules_to_save).
+    """
+    if how == "no_shard" or not ranks.are_several:
+        return
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    embedding: Any = model.inner.get_input_embeddings()
+    _require_plain(embedding, model)
+    for parameter in model.hf.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    held = {name: tensor.data for name, tensor in all_tensors(model.hf).items()} if ranks.is_first else {}
+    is_tied = embedding.weight is model.head.weight
+    model.hf.to("meta")
+    mesh = mesh_of(how, ranks, device)
+    beside = [embedding] if is_tied or not _is_own_head(model) else [embedding, model.head]
+    divided = {parameter for module in beside for parameter in _divide(module, mesh)}
+    if is_tied:
+        model.head.weight = embedding.weight
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "reshard_after_forward": how != "shard_grad_op",
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for layer in model.layers():
+        fully_shard(layer, **options)
+    fully_shard(model.body, ignored_params=divided, **options)
+    for unit in units_of(model):
+        # Sums, not means: the step divides, and gloo has no other reduction.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    model.hf.to_empty(device="cpu" if offload else device)
+    if is_tied:
+        model.head.weight = embedding.weight
+    fill(model, held, ranks=ranks, device=device)
+    model.place = Place(device, compute_dtype)
+    embedding.forward = functools.partial(_embed, embedding, compute_dtype)
+    if _is_own_head(model):
+        model.head.forward = functools.partial(_project, model.head, compute_dtype)
+
+
+def units_of(model: LanguageModel) -> list[Any]:
+    """The modules that FSDP gathers and divides as one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.hf.modules() if isinstance(module, FSDPModule)]
+
+
+def _is_own_head(model: LanguageModel) -> bool:
+    """Whether the head is the language model's; a score head is small, and every rank keeps it whole."""
+    return model.head is model.inner.get_output_embeddings()
+
+
+def _require_plain(embedding: Any, model: LanguageModel) -> None:
+    own = model.inner.get_output_embeddings()
+    if type(embedding).__name__ == "ModulesToSaveWrapper" or type(own).__name__ == "ModulesToSaveWrapper":
+        raise UserError(
+            "lora.modules_to_save names embedding or head, and the model is divided among ranks",
+            expected="adapters only, or whole copies on every rank",
+            fix="set distributed.sharding: no_shard, or remove lora.modules_to_save",
+            where="lora.modules_to_save",
+        )
+
+
+def _divide(module: Any, mesh: DeviceMesh) -> Iterator[torch.nn.Parameter]:
+    """Make the parameters of a module (on the meta device) divided ones along their first dimension."""
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        spread = distribute_tensor(parameter.data, mesh, placements, src_data_rank=None)
+        divided = torch.nn.Parameter(spread, requires_grad=parameter.requires_grad)
+        module.register_parameter(name, divided)
+        yield divided
+
+
+def all_tensors(hf: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, tied ones once, in the order of the modules."""
+    return {**dict(hf.named_parameters()), **dict(hf.named_buffers())}
+
+
+def fill(model: LanguageModel, held: dict[str, torch.Tensor], *, ranks: Ranks, device: torch.device) -> None:
+    """Give every rank its part of rank 0's tensors, one tensor at a time: no other rank ever holds the model."""
+    with torch.no_grad():
+        for name, tensor in all_tensors(model.hf).items():
+            if ranks.is_first:
+                sent = held.pop(name).to(device).contiguous()
+            else:
+                sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            torch.distributed.broadcast(sent, src=0)
+            if isinstance(tensor, DTensor):
+                start, stop = rows_held(tensor)
+                tensor.to_local().copy_(sent[start:stop])
+            else:
+                tensor.copy_(sent)
+
+
+def rows_held(divided: DTensor) -> tuple[int, int]:
+    """First row and one past the last that this rank holds, as torch.chunk divides them."""
+    mesh = divided.device_mesh
+    size, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    chunk = -(-divided.shape[0] // size)
+    start = min(index * chunk, divided.shape[0])
+    return start, min(start + chunk, divided.shape[0])
+
+
+def _embed(module: Any, dtype: torch.dtype, tokens_BT: torch.Tensor) -> torch.Tensor:
+    found = torch.nn.functional.embedding(tokens_BT, whole(module.weight, dtype))
+    scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies
+    return found if scale is None else found * scale.to(found.dtype)
+
+
+def _project(module: Any, dtype: torch.dtype, hidden: torch.Tensor) -> torch.Tensor:
+    bias = None if module.bias is None else whole(module.bias, dtype)
+    return torch.nn.functional.linear(hidden, whole(module.weight, dtype), bias)
+
+
+@contextmanager
+def held_whole(model: LanguageModel) -> Iterator[None]:
+    """All layers on every rank while the block runs (sampling would gather each of them for each token)."""
+    units = units_of(model)
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
