@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,8 +175,9 @@ def _whole(low: int, high: int) -> Reader:
 
 def _number(low: float, high: float, *, above_low: bool = False) -> Reader:
     def read(param: str, value: Any) -> float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not (low < value if above_low else low <= value) or value > high:
+        # NaN is in no range, and infinity beyond every one.
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (low < value <= high or (value == low and not above_low)):
             raise bad_value(param, value, f"a number {'above' if above_low else 'from'} {low:g} up to {high:g}")
         return float(value)
 
