@@ -15,7 +15,7 @@ from zhibei.data.batches import Batch, BatchPlan, collate_packed, collate_padded
 from zhibei.data.prepared import PreparedRows
 from zhibei.model.load import Need
 from zhibei.model.lora import add_adapters
-from zhibei.model.roles import Roles, load_roles
+from zhibei.model.roles import Cast, Roles, load_roles
 
 CPU = Need(device=torch.device("cpu"), precision="fp32", longest_row=64)
 
@@ -36,7 +36,7 @@ def batch(collate=collate_packed) -> Batch:
 def roles_of(folder: Path, kind: str, **lora) -> Roles:
     method = "full" if kind == "full" else "lora"
     section = ModelSection(path=str(folder), method=method)
-    return load_roles(section, LoraSection(rank=4, **lora), CPU, with_critic=True, shared=kind == "shared")
+    return load_roles(section, LoraSection(rank=4, **lora), CPU, Cast(has_critic=True, is_shared=kind == "shared"))
 
 
 def logits(roles: Roles) -> torch.Tensor:
@@ -91,8 +91,7 @@ def test_the_padding_changes_no_value(folder: Path) -> None:
         ModelSection(path=str(folder), method="lora", attention="sdpa"),
         LoraSection(rank=4),
         Need(device=CPU.device, precision="fp32", packing=False, longest_row=64),
-        with_critic=True,
-        shared=True,
+        Cast(has_critic=True, is_shared=True),
     )
     found = []
     for one, collate in ((roles, collate_packed), (padded_roles, collate_padded)):
@@ -119,7 +118,7 @@ def test_a_policy_that_goes_on_from_an_adapter_keeps_that_adapter_as_its_referen
     hf.save_pretrained(str(tmp_path / "tuned"))
     section = ModelSection(path=str(folder), method="lora")
     lora = LoraSection(adapter=str(tmp_path / "tuned"))
-    roles = load_roles(section, lora, CPU, with_critic=True, shared=True)
+    roles = load_roles(section, lora, CPU, Cast(has_critic=True, is_shared=True))
     before = logits(roles).detach()
     with roles.policy.without_adapters():
         assert not torch.allclose(logits(roles), before)
@@ -130,4 +129,4 @@ def test_a_policy_that_goes_on_from_an_adapter_keeps_that_adapter_as_its_referen
 
 def test_shared_models_need_adapters(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model\.method: full"):
-        load_roles(ModelSection(path=str(folder)), LoraSection(), CPU, with_critic=True, shared=True)
+        load_roles(ModelSection(path=str(folder)), LoraSection(), CPU, Cast(has_critic=True, is_shared=True))

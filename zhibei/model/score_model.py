@@ -16,9 +16,10 @@ from zhibei.config.run import LoraSection, ModelSection
 from zhibei.model import attention
 from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.language_model import BatchLike, LanguageModel
-from zhibei.model.load import Need, is_score_config, load_base, load_weights, make_ready, with_adapter
+from zhibei.model.load import Need, choose_attention, is_score_config, load_base, load_weights, make_ready, with_adapter
 from zhibei.model.locate import Located, locate
 from zhibei.model.lora import add_adapters
+from zhibei.model.quantized import QuantizeKind
 from zhibei.store.files import read_json
 from zhibei.store.manifest import require_base
 from zhibei.store.shards import read_tensors
@@ -51,9 +52,15 @@ def load_score_model(section: ModelSection, lora: LoraSection, need: Need) -> La
 
 
 def load_score_model_for_inference(
-    path: str, *, device: str = "auto", precision: str = "auto", base: str | None = None
+    path: str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    base: str | None = None,
+    quantize: QuantizeKind = "none",
 ) -> LanguageModel:
-    """The reward model of a run directory, a Hugging Face folder or an adapter folder, ready to score.
+    """The reward model of a run directory, a Hugging Face folder or an adapter folder, ready to score; its body (under
+    an adapter: the base) held in 8 or 4 bits if `quantize` says so.
 
     Raises UserError when what lies there continues text instead of scoring it.
     """
@@ -61,13 +68,36 @@ def load_score_model_for_inference(
     found = locate(path, base=base)
     require_scores(found, path)
     need = Need(device=place, precision=choose_precision(precision, place), packing=False, longest_row=0)
-    hf = as_score_model(load_weights(found, ModelSection(path=path), need, attention_name="auto"), found, seed=0)
-    if found.adapter is not None:
-        require_base(found.adapter, Path(found.weights))
-        hf = with_adapter(hf, found.adapter)
-    model = wrapped(hf, "auto", longest_row=0)
+    section = ModelSection(path=path, quantize=quantize)
+    model = wrapped(_stored(found, section, need, attention_name="auto"), "auto", longest_row=0)
     model.hf.eval()
     return model
+
+
+def load_whole_score_model(path: str, section: ModelSection, need: Need) -> LanguageModel:
+    """A reward model with every weight ready to learn, an adapter of it merged: what a critic can begin as. Held and
+    attended as the run's model section says. Raises UserError as `load_score_model_for_inference`."""
+    found = locate(path)
+    require_scores(found, path)
+    attention.register()
+    name = choose_attention(section.attention, need)
+    # Nothing can be merged into a packed base.
+    whole = section.model_copy(update={"path": path, "method": "full", "quantize": "none"})
+    hf = _stored(found, whole, need, attention_name=name)
+    if found.adapter is not None:
+        hf = hf.merge_and_unload(safe_merge=True)
+    model = wrapped(hf.requires_grad_(True), name, longest_row=need.longest_row)
+    make_ready(model, need)
+    return model
+
+
+def _stored(found: Located, section: ModelSection, need: Need, *, attention_name: str) -> Any:
+    """A reward model as it lies there, with its adapter if it is one."""
+    hf = as_score_model(load_weights(found, section, need, attention_name=attention_name), found, seed=0)
+    if found.adapter is None:
+        return hf
+    require_base(found.adapter, Path(found.weights))
+    return with_adapter(hf, found.adapter)
 
 
 def wrapped(hf: Any, attention_name: str, *, longest_row: int) -> LanguageModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from zhibei.config.policy import PolicySection
@@ -77,6 +78,9 @@ class Job:
     reference: str = "auto"
     ppo_models: str = "shared"
     has_reward_model: bool = False
+    """Whether a reward model is loaded beside the policy, a model of its own."""
+    reward_adapter_bytes: int = 0
+    """Of a reward model that is an adapter on the policy's base instead."""
     has_reference: bool = True
     rollout_batch: int = 32
     max_new_tokens: int = 128
@@ -150,8 +154,11 @@ def job_of(
     machine: Machine,
     rows: Rows,
     ways: Ways,
+    *,
+    judge: Path | None = None,
 ) -> Job:
-    """The job of a run file on a machine, with the choices that may be planned given."""
+    """The job of a run file on a machine, with the choices that may be planned given. `judge`: the adapter folder of a
+    reward model that lies on the run's base (zhibei/store/reward_models.py)."""
     micro_batch_tokens, sharding = ways.micro_batch_tokens, ways.sharding
     gpu = machine.smallest_gpu
     precision = precision_on(run.model.precision, gpu)
@@ -183,7 +190,8 @@ def job_of(
         sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
         reference=run.dpo.reference,
         ppo_models=run.ppo.models,
-        has_reward_model=is_policy and policy.reward_model is not None,
+        has_reward_model=is_policy and policy.reward_model is not None and judge is None,
+        reward_adapter_bytes=bytes_of_adapter(judge) if is_policy and judge is not None else 0,
         has_reference=run.stage == "ppo" or getattr(section, "kl_coefficient", 0) > 0,
         rollout_batch=policy.rollout_batch,
         max_new_tokens=policy.max_new_tokens,
@@ -193,6 +201,11 @@ def job_of(
         gpus_per_node=max(1, len(machine.gpus)),
         on_gpu=gpu is not None,
     )
+
+
+def bytes_of_adapter(folder: Path) -> int:
+    """Of the tensors of a PEFT folder, as they are stored."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def passes_of(

@@ -1,4 +1,4 @@
-"""The fastest way to run that fits: micro-batch, checkpointing, sharding and offload. Knows no files and no trainer.
+"""The fastest way to run that fits: micro-batch, checkpointing, sharding and offload. Knows sizes, no trainer.
 
 `search(...)` tries all of them (a few hundred sums, well under a second), keeps what fits with a margin, and takes the
 fastest by `speed_of`. When nothing fits, `what_would_fit` says which card, number of cards, method or length does.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from zhibei.config.run import RunFile
 from zhibei.config.training import TOKENS_PER_PASS
@@ -18,6 +19,7 @@ from zhibei.plan.machines import Machine, parse_machine
 from zhibei.plan.memory import MemoryPlan, plan_memory
 from zhibei.plan.shapes import ModelShape
 from zhibei.plan.speed import Speed, speed_of
+from zhibei.store.reward_models import shared_judge
 
 MARGIN = 0.03
 """Share of the card that a proposed plan leaves free: more than the worst error of the measured grid."""
@@ -41,12 +43,14 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Which run, model, machine and rows are planned."""
+    """Which run, model, machine and rows are planned. `judge`: the adapter folder of a reward model that the run's base
+    carries."""
 
     run: RunFile
     shape: ModelShape
     machine: Machine
     rows: Rows
+    judge: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes
     wishes = wishes or wishes_of(run)
     steps = total_steps(run, rows)
     tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
-    candidates = list(_candidates(Question(run, shape, machine, rows), wishes, steps))
+    candidates = list(_candidates(Question(run, shape, machine, rows, shared_judge(run)), wishes, steps))
     fitting = sorted((each for each in candidates if each.fits), key=_slowness)
     smallest = sorted(candidates, key=_overflow)
     ordered = fitting or smallest
@@ -188,7 +192,7 @@ def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | No
     """Memory, disk and speed of one way. `known` keeps the holdings, by whether a step has several passes."""
     run, shape, machine, rows = question.run, question.shape, question.machine, question.rows
     section = run.training
-    job = job_of(run, shape, machine, rows, ways)
+    job = job_of(run, shape, machine, rows, ways, judge=question.judge)
     key = job.num_passes > 1
     held = known.setdefault(key, None) or holdings_of(shape, job)
     known[key] = held

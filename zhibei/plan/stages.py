@@ -54,8 +54,11 @@ def _raft(shape: ModelShape, job: Job, held: Holdings) -> Causes:
 
 
 def _reward_model(job: Job, held: Holdings) -> Causes:
-    """A reward model is loaded beside the policy, whole (train/reward_sources.py); taken to be of the policy's size."""
-    return {"reward model": held.weights} if job.has_reward_model else {}
+    """A model of its own, whole and taken to be of the policy's size, or one more adapter on the policy's base
+    (train/reward_sources.py)."""
+    if job.has_reward_model:
+        return {"reward model": held.weights}
+    return {"reward model": job.reward_adapter_bytes} if job.reward_adapter_bytes else {}
 
 
 def _answers(shape: ModelShape, job: Job) -> Causes:

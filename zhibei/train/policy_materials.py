@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from zhibei.data.pairs import prepare_answers
 from zhibei.data.prepare import prepare
 from zhibei.data.prepared import PreparedSet
 from zhibei.data.references import Question, read_questions
-from zhibei.generate.rewards import Answered
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.dropout import without_dropout
 from zhibei.model.load import Need
-from zhibei.model.roles import Roles, load_roles
+from zhibei.model.roles import Cast, Roles, load_roles
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
@@ -35,7 +35,7 @@ from zhibei.train.optimizer import make_optimizer
 from zhibei.train.planning import settled_for
 from zhibei.train.policy_loss import PTX, head_of, policy_loss, shape_of, value_loss
 from zhibei.train.prompt_cursor import PromptCursor
-from zhibei.train.reward_sources import reward_of
+from zhibei.train.reward_sources import Reward, place_of_reward_model, plan_reward, reward_of
 from zhibei.train.schedule import require_peak
 from zhibei.train.step import Stepper
 from zhibei.train.task import HeldoutFigures, Task
@@ -53,7 +53,7 @@ class PolicyMaterials:
     section: PolicySection
     roles: Roles
     critic: Stepper | None
-    reward: Callable[[Answered], list[float]]
+    reward: Reward
     questions: Mapping[str, Question]
     """Question and reference by the id of a prompt."""
     cursor: PromptCursor
@@ -97,7 +97,7 @@ def gather_policy(
     if on_audit is not None:
         on_audit(rows)
     questions = read_questions(run.data, [*rows.train.row_ids, *rows.heldout.row_ids])
-    reward = reward_of(run, questions, tokenizer=tokenizer, template=template, device=device, precision=precision)
+    rewarded = plan_reward(run, questions, tokenizer=tokenizer, template=template)
     cursor = cursor_of(run, section, num_prompts=len(rows.train))
     resolved, settled = planned(resolved, rows, device=device, cursor=cursor)
     run = resolved.run
@@ -105,7 +105,7 @@ def gather_policy(
     assert isinstance(section, PolicySection)
     require_peak(section, cursor.num_iterations)
     torch.manual_seed(run.seed)
-    roles = roles_of(run, section, device=device, precision=precision)
+    roles = roles_of(run, section, rewarded.shared, device=device, precision=precision)
     check_vocabulary(roles.policy, tokenizer)
     stepper, critic = steppers(run, section, roles)
     plan = BatchPlan(
@@ -129,7 +129,7 @@ def gather_policy(
         model=roles.policy,
         stepper=stepper,
         task=POLICY_TASK,
-        notes=resolved.notes,
+        notes=(*resolved.notes, *filter(None, [place_of_reward_model(run)])),
     )
     ptx = ptx_batches(run, section, tokenizer, template, replace(plan, global_batch=section.global_batch))
     return PolicyMaterials(
@@ -137,7 +137,7 @@ def gather_policy(
         section=section,
         roles=roles,
         critic=critic,
-        reward=reward,
+        reward=reward_of(rewarded, run, roles, plan, precision=precision),
         questions=questions,
         cursor=cursor,
         plan=plan,
@@ -162,6 +162,7 @@ def plan_without_models(
         "run_directory": str(run_dir_of(run).path),
         "model": run.model.path,
         "method": run.model.method,
+        "reward_model": place_of_reward_model(run),
         "precision": f"{choose_precision(run.model.precision, device)} on {device}",
         "template": rows.template,
         "training_prompts": len(rows.train),
@@ -237,8 +238,11 @@ def planned(
     return with_planned(resolved, values), settled
 
 
-def roles_of(run: RunFile, section: PolicySection, *, device: torch.device, precision: str) -> Roles:
-    """The models that a stage needs. Without a weight on the KL there is no reference to keep."""
+def roles_of(
+    run: RunFile, section: PolicySection, judge: Path | None, *, device: torch.device, precision: str
+) -> Roles:
+    """The models that a stage needs. Without a weight on the KL there is no reference to keep. `judge`: the adapter
+    folder of a reward model that lies on the policy's base."""
     need = Need(
         device=device,
         precision=precision,
@@ -247,15 +251,14 @@ def roles_of(run: RunFile, section: PolicySection, *, device: torch.device, prec
         seed=run.seed,
     )
     is_ppo = isinstance(section, PpoSection)
-    coefficient = getattr(section, "kl_coefficient", 0.0)
-    roles = load_roles(
-        run.model,
-        run.lora,
-        need,
-        with_critic=is_ppo,
-        with_reference=coefficient > 0 or is_ppo,
-        shared=is_ppo and run.ppo.models == "shared",
+    cast = Cast(
+        has_critic=is_ppo,
+        has_reference=is_ppo or getattr(section, "kl_coefficient", 0.0) > 0,
+        is_shared=is_ppo and section.models == "shared",
+        judge=judge,
+        critic_from=section.reward_model if is_ppo and section.critic_from == "reward_model" else None,
     )
+    roles = load_roles(run.model, run.lora, need, cast)
     for model in roles.own_models:
         without_dropout(model)
     return roles

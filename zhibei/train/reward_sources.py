@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,49 +17,84 @@ from zhibei.config.run import RunFile
 from zhibei.data.batches import BatchPlan
 from zhibei.data.prepared import PreparedRows
 from zhibei.data.references import Question
-from zhibei.generate.rewards import Answered, RewardSource, needs_references, reward_source, summed
+from zhibei.generate.rewards import Answered, RewardSource, Scorer, needs_references, reward_source, summed
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
+from zhibei.model.roles import Roles
 from zhibei.model.score_model import load_score_model_for_inference, row_scores
 from zhibei.store.manifest import read_manifest, recorded, template_entry
+from zhibei.store.reward_models import shared_judge
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 from zhibei.train.experience import passes_of
 
+Reward = Callable[[Answered], list[float]]
+LONGEST_SCORING_SECONDS = 3600.0
+"""For a batch of answers by a reward model, which no one but this process can slow down."""
 
-def reward_of(
-    run: RunFile,
-    questions: Mapping[str, Question],
-    *,
-    tokenizer: Tokenizer,
-    template: Template,
-    device: torch.device,
-    precision: str,
-) -> Callable[[Answered], list[float]]:
-    """What the run file's `reward` and `reward_model` give together. Raises UserError when neither is named, a named
-    one cannot be, or results to compare with are missing."""
+
+@dataclass(frozen=True)
+class RewardPlan:
+    """What a run file's `reward` and `reward_model` are, looked at but not loaded. `shared`: the adapter folder of the
+    reward model, where it can lie on the policy's base (zhibei/store/reward_models.py)."""
+
+    function: RewardSource | None
+    model_path: str | None
+    shared: Path | None
+
+
+def place_of_reward_model(run: RunFile) -> str | None:
+    """What a person is told of where the reward model is held; None without one."""
+    path = getattr(run.training, "reward_model", None)
+    if path is None:
+        return None
+    if shared_judge(run) is not None:
+        return f"the reward model {path} is one more adapter on the policy's base"
+    return f"the reward model {path} is loaded beside the policy, a model of its own"
+
+
+def plan_reward(
+    run: RunFile, questions: Mapping[str, Question], *, tokenizer: Tokenizer, template: Template
+) -> RewardPlan:
+    """Raises UserError when neither reward nor reward_model is named, a named one cannot be, or results to compare with
+    are missing: all that can be wrong before models are loaded."""
     section = run.training
     assert isinstance(section, PolicySection)
-    sources: list[RewardSource] = []
+    function = None
     if section.reward is not None:
         where = f"{run.stage}.reward"
-        sources.append(reward_source(section.reward, seconds=section.reward_seconds, where=where))
+        function = reward_source(section.reward, seconds=section.reward_seconds, where=where)
         if needs_references(section.reward):
             require_references(questions, section.reward, where=where)
     if section.reward_model is not None:
         where = f"{run.stage}.reward_model"
         require_same_words(section.reward_model, tokenizer, template, where=where)
         require_accuracy(section.reward_model, section.min_reward_accuracy, where=where)
-        model = load_score_model_for_inference(section.reward_model, device=str(device), precision=precision)
-        score = model_scorer(model, pad_token=tokenizer.pad_id, tokens_per_pass=max(section.tokens_per_pass, 1))
-        sources.append(RewardSource(section.reward_model, score, max(section.reward_seconds, 3600.0), where))
-    if not sources:
+    elif function is None:
         raise UserError(
             f"{run.stage}.reward and {run.stage}.reward_model are both open: nothing says which answers are good",
             expected="a verifier, a function, a server or a reward model",
             fix=f"set {run.stage}.reward (for example number, or python:rewards.py:score), or {run.stage}.reward_model",
             where=f"{run.stage}.reward",
         )
+    return RewardPlan(function, section.reward_model, shared_judge(run))
+
+
+def reward_of(plan: RewardPlan, run: RunFile, roles: Roles, batches: BatchPlan, *, precision: str) -> Reward:
+    """What the plan's sources give together; a reward model that is not on the policy's base is loaded here. `batches`:
+    how answers share a forward pass. Raises UserError when it cannot be loaded."""
+    section = run.training
+    assert isinstance(section, PolicySection)
+    sources = [] if plan.function is None else [plan.function]
+    if plan.model_path is not None:
+        if plan.shared is not None:
+            score = model_scorer(roles.as_judge, batches)
+        else:
+            device = str(roles.policy.device)
+            model = load_score_model_for_inference(plan.model_path, device=device, precision=precision)
+            score = model_scorer(lambda: nullcontext(model), replace(batches, packing=False))
+        seconds = max(section.reward_seconds, LONGEST_SCORING_SECONDS)
+        sources.append(RewardSource(plan.model_path, score, seconds, f"{run.stage}.reward_model"))
     return sources[0] if len(sources) == 1 else summed(sources)
 
 
@@ -118,27 +156,28 @@ def require_same_words(path: str, tokenizer: Tokenizer, template: Template, *, w
         )
 
 
-def model_scorer(
-    model: LanguageModel, *, pad_token: int, tokens_per_pass: int
-) -> Callable[[Answered], Sequence[float]]:
-    """Scores of whole rows by a reward model, read at each row's last token."""
+def model_scorer(judge: Callable[[], AbstractContextManager[LanguageModel]], batches: BatchPlan) -> Scorer:
+    """Scores of whole rows by a reward model, read at each row's last token. `judge` gives it, ready to score."""
 
     def score(answered: Answered) -> Sequence[float]:
-        lengths = [len(row) for row in answered.tokens]
-        rows = PreparedRows(
-            tokens=np.concatenate([np.asarray(row, dtype=np.int32) for row in answered.tokens]),
-            supervised=np.zeros(sum(lengths), dtype=bool),
-            borders=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            row_ids=[str(number) for number in range(len(lengths))],
-        )
-        plan = BatchPlan(
-            global_batch=1, micro_batch_tokens=max(tokens_per_pass, *lengths), packing=False, pad_token=pad_token
-        )
-        scores = np.zeros(len(lengths))
-        with torch.no_grad():
-            for batch in passes_of(rows, range(len(lengths)), plan):
+        rows = unsupervised_rows(answered.tokens)
+        plan = replace(batches, micro_batch_tokens=max(batches.micro_batch_tokens, int(rows.lengths.max())))
+        scores = np.zeros(len(rows))
+        with judge() as model, torch.no_grad():
+            for batch in passes_of(rows, range(len(rows)), plan):
                 found_R = row_scores(model, batch.to(model.device), len(batch.row_numbers))
                 scores[list(batch.row_numbers)] = found_R.float().cpu().numpy()
         return scores.tolist()
 
     return score
+
+
+def unsupervised_rows(tokens: Sequence[Sequence[int]]) -> PreparedRows:
+    """Token ids as rows of which nothing is learned."""
+    lengths = [len(row) for row in tokens]
+    return PreparedRows(
+        tokens=np.concatenate([np.asarray(row, dtype=np.int32) for row in tokens]),
+        supervised=np.zeros(sum(lengths), dtype=bool),
+        borders=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        row_ids=[str(number) for number in range(len(lengths))],
+    )
