@@ -12,6 +12,8 @@ from zhibei.serve.running import Running
 from zhibei.serve.service import OPEN_PATHS, Handler, Service
 from zhibei.serve.settings import ServerSettings
 
+CONNECTIONS_IN_LINE = 512
+
 
 def make_server(
     hosted: Mapping[str, Hosted],
@@ -26,6 +28,7 @@ def make_server(
     metrics = Metrics()
 
     def begin() -> None:
+        listener.listen(CONNECTIONS_IN_LINE)  # uvicorn would do it only after this has returned
         server.listen_for_signals()
         on_ready()
 
