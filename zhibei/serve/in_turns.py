@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.generate.answers import Piece
+from zhibei.generate.options import SamplingOptions
 from zhibei.serve.chat import Prompt
+
+_APART = 0x9E3779B97F4A7C15
+"""Far from what a person adds to a seed (the fractional part of the golden ratio)."""
 
 
 class InTurns:
@@ -52,7 +57,7 @@ class InTurns:
         """The next piece of every answer under way; the last piece of one carries the whole Answer."""
         while self._waiting and len(self._active) < self._slots:
             id, request = self._waiting.popleft()
-            self._active[id] = self._speaker.stream(Prompt(list(request.prompt)), request.options)
+            self._active[id] = self._speaker.stream(Prompt(list(request.prompt)), _own_draws(request))
         pieces: list[tuple[int, Piece]] = []
         for id, stream in list(self._active.items()):
             piece = next(stream)
@@ -67,3 +72,8 @@ class InTurns:
         stream = self._active.pop(id, None)
         if stream is not None:
             stream.close()  # type: ignore[attr-defined]
+
+
+def _own_draws(request: Any) -> SamplingOptions:
+    """Choices of one request draw differently; a speaker that streams knows seeds and no numbers of rows."""
+    return replace(request.options, seed=(request.options.seed + request.number * _APART) % 2**63)

@@ -161,7 +161,7 @@ def _speakers(members: Sequence[_Member], loading: Loading) -> tuple[dict[str, S
     The second is empty where there is nothing to switch.
     """
     first = next((member for member in members if member.wording.found.adapter is not None), members[0])
-    opened = open_speaker(first.wanted.path, **loading.for_speaker())
+    opened: Any = open_speaker(first.wanted.path, **loading.for_speaker())
     speakers: dict[str, Speaker] = {first.wanted.name: opened}
     adapters: dict[str, str | None] = {first.wanted.name: FIRST_ADAPTER if first.wording.found.adapter else None}
     for member in members:

@@ -12,6 +12,7 @@ from typing import Any
 from zhibei import __version__
 from zhibei.serve import said
 from zhibei.serve.asked import Asked, read_body, read_chat, read_completion, read_embedding
+from zhibei.serve.chat import Speaker
 from zhibei.serve.embedding import as_written, embed
 from zhibei.serve.exchange import Exchange, called, requests_for
 from zhibei.serve.gatekeeper import Receive, Scope, Send, Visit, body_of, send_bytes, send_json
@@ -142,7 +143,7 @@ class Service:
     async def _embed(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = read_embedding(read_body(await body_of(receive)))
         hosted = self._find(asked, scope["visit"])
-        if not hasattr(hosted.speaker, "model"):
+        if not isinstance(hosted.speaker, Speaker):
             raise Refusal(
                 400, f"{hosted.name} gives no hidden states, so there are no embeddings", "model", "no_embeddings"
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from zhibei.serve.chat import Speaker
 from zhibei.serve.hosted import Hosted
 from zhibei.serve.refusals import Refusal
 
@@ -54,12 +55,11 @@ def mask_maker(response_format: Mapping[str, Any], hosted: Hosted) -> Callable[[
         ) from None
     named = response_format.get("json_schema")
     schema = {"type": "object"} if named is None else named["schema"]
-    tokenizer = getattr(hosted.speaker, "tokenizer", None)
-    if not hasattr(hosted.speaker, "model") or tokenizer is None:
+    if not isinstance(hosted.speaker, Speaker):
         raise Refusal(400, f"{hosted.name} runs in an engine that takes no {_PARAM}", _PARAM, "unsupported_parameter")
     try:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        words = _words(tokenizer.spec, hosted.speaker.stop_ids)
+        words = _words(hosted.speaker.tokenizer.spec, hosted.speaker.stop_ids)
         fault = llguidance.LLMatcher.validate_grammar(grammar, words)
     except Exception as error:  # its parser raises plain ValueError and others for schemas it cannot read
         fault = str(error)
