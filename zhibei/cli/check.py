@@ -15,6 +15,7 @@ from zhibei.cli.progress import Mode, ProgressLine, choose_mode
 from zhibei.config.errors import DONE, USER_MUST_ACT, UserError
 from zhibei.config.read import read_what_is_sound, recipe_names
 from zhibei.config.resolve import ResolvedRun, yaml_value
+from zhibei.pipeline.file import is_pipeline
 from zhibei.store.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check(
     Parameters
     ----------
     run
-        A run file, a recipe, or a run directory.
+        A run file, a recipe, a run directory, or a pipeline file (every stage is checked).
     overrides
         Settings laid over it, such as sft.epochs=1.
     fix
@@ -69,6 +70,8 @@ def check(
         One JSON document.
     """
     started = time.monotonic()
+    if is_pipeline(run):
+        return _check_pipeline(run, overrides, fix=fix, area=area, machine=machine, json=json)
     resolved, fault = read_what_is_sound(run, overrides)
     if resolved is None:
         assert fault is not None
@@ -96,6 +99,18 @@ def check(
             verdict = "still has findings that stop it" if found.blocks else "has nothing that stops it"
             console.stdout.print(f"{mended} {verdict}.")
     return USER_MUST_ACT if found.blocks else DONE
+
+
+def _check_pipeline(run: str, overrides: tuple[str, ...], *, fix: bool, area: str, machine: str, json: bool) -> int:
+    from zhibei.cli.run import look_at
+
+    if fix or area:
+        raise UserError(
+            f"--{'fix' if fix else 'area'} with a pipeline file",
+            expected="a single run",
+            fix="leave it out; findings name the line of the pipeline file",
+        )
+    return look_at(run, overrides, machine=machine, plans=False, json=json)
 
 
 def examine(

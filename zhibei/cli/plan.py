@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from zhibei.cli import console
 from zhibei.cli.plan_text import lines
+from zhibei.cli.run import look_at
 from zhibei.config.errors import DONE, USER_MUST_ACT, UserError
 from zhibei.config.read import read_run
 from zhibei.doctor.outlook import look_ahead
+from zhibei.pipeline.file import is_pipeline
 
 
 def plan(
@@ -34,7 +36,7 @@ def plan(
     Parameters
     ----------
     run
-        A run file, a recipe, or a run directory.
+        A run file, a recipe, a run directory, or a pipeline file (a line for every stage).
     overrides
         Settings laid over it, such as sft.micro_batch_tokens=8192.
     machine
@@ -56,6 +58,9 @@ def plan(
             expected="a price of one GPU for one hour: 0 or more",
             fix="leave it out, or give a number such as --price 1.20",
         )
+    if is_pipeline(run):
+        _require_plain(price=price, sharding=sharding, offload=offload)
+        return look_at(run, overrides, machine=machine, json=json)
     settings = read_run(run, overrides).run
     ahead = look_ahead(settings, machine_for(machine or None), sharding=sharding, offload=offload)
     if json:
@@ -69,3 +74,14 @@ def plan(
             f"rows were not prepared yet: each counts as {longest} tokens (zhibei check prepares them)", style="yellow"
         )
     return DONE if ahead.fits else USER_MUST_ACT
+
+
+def _require_plain(**given: object) -> None:
+    """Options of a single run say nothing about several. Raises UserError."""
+    idle = [name for name, value in given.items() if value]
+    if idle:
+        raise UserError(
+            f"--{idle[0]} with a pipeline file",
+            expected="the plan of a single run",
+            fix=f"leave it out, or plan one stage: zhibei plan RUN --{idle[0]} ...",
+        )

@@ -14,16 +14,18 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One source of values. `rank` grows from recipe over file to command line; the higher wins."""
+    """One source of values. `rank` grows from recipe over file to command line; the higher wins. `prefix` stands
+    before a setting of the command line that belongs to one run of several."""
 
     rank: int
     source: str
     tree: Tree
+    prefix: str = ""
 
     def where(self, path: KeyPath, *, at_key: bool = False) -> str:
         """`run.yaml:3:5`, or `command line: sft.learning_rat`, for the nearest place that is known."""
         if self.source == COMMAND_LINE:
-            return f"{COMMAND_LINE}: {dotted(path)}"
+            return f"{COMMAND_LINE}: {self.prefix}{dotted(path)}"
         place = self.place(path, at_key=at_key)
         return f"{self.source}:{place.line}:{place.column}" if place else self.source
 

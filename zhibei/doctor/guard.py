@@ -25,8 +25,9 @@ def train_guarded(
     watch: Watch,
     resume: RunDir | None = None,
     on_rows: Callable[[int, str], None] | None = None,
+    rehearse: Callable[[ResolvedRun], dict[str, Any] | None] | None = None,
 ) -> RunDir:
-    """Check the run, then train it under its watchdogs.
+    """Check the run, rehearse it where `rehearse` is given and the run is new, then train it under its watchdogs.
 
     `watch` gets every record; the warnings of the check come first, as events. Raises UserError, naming all of them,
     when findings stop the run (no weights are loaded then, and nothing is written), and what training raises.
@@ -36,7 +37,9 @@ def train_guarded(
         raise found.as_error()
     for record in warnings_of(found):
         watch(record)
-    return train_watched(resolved, {"check": found.as_dict()}, watch=watch, resume=resume, on_rows=on_rows)
+    rehearsed = rehearse(resolved) if rehearse is not None and resume is None else None
+    documents = {"check": found.as_dict(), "rehearsal": rehearsed}
+    return train_watched(resolved, documents, watch=watch, resume=resume, on_rows=on_rows)
 
 
 def train_watched(
