@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.text.small_tokenizers import byte_level
+from zhibei.model.wording import add_stop_ids
 from zhibei.text.families import find_template
-from zhibei.train.finish import write_stop_ids
 
 
 @pytest.mark.parametrize(
@@ -28,10 +27,9 @@ def test_the_terminator_joins_the_ids_that_end_generation(
     tmp_path: Path, family: str, before: dict[str, Any], after: int | list[int | str]
 ) -> None:
     tokenizer = byte_level()
-    materials: Any = SimpleNamespace(tokenizer=tokenizer, template=find_template(family, tokenizer))
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"use_cache": True, **before}))
-    write_stop_ids(materials, tmp_path)
+    add_stop_ids(tmp_path, tokenizer.stop_ids(find_template(family, tokenizer).terminator))
     ids = after if isinstance(after, list) else [after]
     found = [tokenizer.id_of(one) if isinstance(one, str) else one for one in ids]
     wanted = found if isinstance(after, list) else found[0]
@@ -40,6 +38,5 @@ def test_the_terminator_joins_the_ids_that_end_generation(
 
 def test_an_adapter_folder_has_no_such_file_and_gets_none(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    materials: Any = SimpleNamespace(tokenizer=tokenizer, template=find_template("chatml", tokenizer))
-    write_stop_ids(materials, tmp_path)
+    add_stop_ids(tmp_path, tokenizer.stop_ids(find_template("chatml", tokenizer).terminator))
     assert list(tmp_path.iterdir()) == []

@@ -42,6 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
     "serve": ("zhibei.cli.serve:serve", "Serve models with the API of OpenAI."),
+    "merge": ("zhibei.cli.merge:merge", "Merge adapters into their base: one whole model."),
+    "parity": ("zhibei.cli.parity:parity", "Compare two forms of a model: are they the same?"),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }
 

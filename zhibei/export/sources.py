@@ -47,6 +47,13 @@ def find_merge(paths: Sequence[str], *, base: str | None = None) -> MergeSource:
     for text in paths:
         path, weight = weighted_path(text)
         located = locate(path, base=base)
+        if located.adapter is None and not Path(located.weights).is_dir():
+            raise UserError(
+                f"there is no folder {path}",
+                expected="a run of method lora or qlora, or a PEFT folder",
+                fix="check the path",
+                where="zhibei merge",
+            )
         if located.adapter is None:
             raise UserError(
                 f"{path} holds whole weights: there is nothing to merge",

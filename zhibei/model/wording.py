@@ -5,12 +5,13 @@ Reads no weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.model.locate import Located
-from zhibei.store.files import read_json
+from zhibei.store.files import read_json, write_json_atomic
 from zhibei.store.manifest import read_manifest, recorded, require_manifest, template_entry
 from zhibei.store.run_dir import RunDir
 from zhibei.text.families import TEMPLATES, find_template
@@ -92,3 +93,19 @@ def tokenizer_place(found: Located) -> str:
     if found.adapter is not None and any((found.adapter / name).is_file() for name in TOKENIZER_FILES):
         return str(found.adapter)
     return str(Path(found.weights)) if Path(found.weights).is_dir() else found.weights
+
+
+def add_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
+    """Let every program stop where training taught answers to end: the ids join `eos_token_id`.
+
+    A folder without generation_config.json (a PEFT folder) is used with the one of its base.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    settings = read_json(path)
+    named = settings.get("eos_token_id")
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    wanted = list(dict.fromkeys([*known, *stop_ids]))
+    if wanted != known:
+        write_json_atomic(path, {**settings, "eos_token_id": wanted})

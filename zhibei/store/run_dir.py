@@ -73,6 +73,18 @@ class RunDir:
         return self.path / "rehearsal.json"
 
     @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def handed_over(self) -> Path:
+        return self.path / "handed_over.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -15,8 +15,9 @@ from zhibei.model.load import load_for_inference
 from zhibei.model.locate import locate
 from zhibei.model.quantized import held_bytes, wanted_kind
 from zhibei.model.save import write_weights
+from zhibei.model.wording import add_stop_ids
 from zhibei.store.checkpoint import load_checkpoint
-from zhibei.store.files import read_json, write_json_atomic
+from zhibei.store.files import write_json_atomic
 from zhibei.store.folders import whole_folder
 from zhibei.store.manifest import finish_manifest
 from zhibei.store.metrics import read_metrics
@@ -95,7 +96,7 @@ def write_model(materials: Materials, folder: Path) -> None:
     """The folder a run leaves: weights, tokenizer with its template, where answers end; all of it on the disk."""
     write_weights(materials.model, folder)
     write_tokenizer(materials, folder)
-    write_stop_ids(materials, folder)
+    add_stop_ids(folder, materials.tokenizer.stop_ids(materials.template.terminator))
     sync_files(folder)
 
 
@@ -105,22 +106,6 @@ def write_tokenizer(materials: Materials, folder: Path) -> None:
     tokenizer = load_hugging_face_tokenizer(path, **options)
     tokenizer.chat_template = materials.template.as_jinja()
     tokenizer.save_pretrained(str(folder))
-
-
-def write_stop_ids(materials: Materials, folder: Path) -> None:
-    """Let every program stop where this run taught answers to end: the template's terminator joins `eos_token_id`.
-
-    A PEFT folder has no generation_config.json; it is used with the one of its base.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return
-    settings = read_json(path)
-    named = settings.get("eos_token_id")
-    known = named if isinstance(named, list) else [] if named is None else [named]
-    wanted = list(dict.fromkeys([*known, *materials.tokenizer.stop_ids(materials.template.terminator)]))
-    if wanted != known:
-        write_json_atomic(path, {**settings, "eos_token_id": wanted})
 
 
 def sync_files(folder: Path) -> None:
