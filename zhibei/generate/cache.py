@@ -57,6 +57,10 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
 
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [S, K, C, D] of each layer."""
+        return list(zip(self.keys, self.values, strict=True))
+
     def num_bytes(self) -> int:
         """What it holds now."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))

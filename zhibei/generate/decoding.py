@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zhibei.generate import fast
 from zhibei.generate.cache import SlotCache, StepView
 from zhibei.generate.families import mask_kinds, takes_mask_by_layer
 from zhibei.model.answering import plain_model
@@ -149,12 +150,35 @@ class SlotRoad:
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest)
 
 
+class FastRoad:
+    """Our own step over the slots (generate/fast.py); prompts are read as on the road of slots."""
+
+    name = "fast"
+
+    def __init__(self, slots: SlotRoad, cache: SlotCache, model: fast.Model) -> None:
+        self._slots, self._cache, self._model = slots, cache, model
+
+    def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
+        return self._slots.prefill(prompts, slots)
+
+    def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, *, columns: int) -> torch.Tensor:
+        self._cache.reserve(columns)
+        hidden_BD = fast.forward(self._model, fast.PLAIN, self._cache.layers(), tokens_B, positions_B, columns)
+        return self._slots.logits(hidden_BD)
+
+    def move(self, source: int, target: int, *, num_tokens: int) -> None:
+        self._cache.move(source, target, num_tokens=num_tokens)
+
+
 def road_of(model: Any, *, slots: int, columns: int, pad_id: int) -> Road:
     """The fastest road that this model can take. The model must be set up to answer (`model.answering`)."""
     kinds = mask_kinds(plain_model(model).config)
     if kinds is None:
         return AloneRoad(model, slots)
-    return SlotRoad(model, SlotCache(slots, columns), kinds, pad_id=pad_id)
+    cache = SlotCache(slots, columns)
+    slot_road = SlotRoad(model, cache, kinds, pad_id=pad_id)
+    read = fast.read_model(model, joins=False)
+    return slot_road if read is None else FastRoad(slot_road, cache, read)
 
 
 def context_tokens(model: Any) -> int | None:
