@@ -1,0 +1,99 @@
+"""One rank, two ranks and four ranks train the same model: gradients of the first step, losses of twenty."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model_folder
+from zhibei.data.batches import shares_of
+
+BASE = {"method": "full", "sharding": "no_shard", "packing": True, "tokens": 128, "steps": 20}
+JOBS = {
+    "full": {},
+    "full, padded": {"packing": False, "steps": 3},
+    "lora": {"method": "lora", "steps": 3},
+    "lora, padded": {"method": "lora", "packing": False},
+    "recomputed": {"checkpointing": "full", "steps": 3},
+    "unequal": {"unequal": True, "steps": 3},
+}
+WAYS = ("no_shard", "shard_grad_op", "full_shard")
+TRIED_ON_FOUR = ("full", "lora, padded")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_ranks(world: int, jobs: list[dict], folder: Path) -> list[dict]:
+    """What rank 0 found for each job, with `world` processes on this machine."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    out = folder / f"out-{world}.pt"
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.rank_driver", str(folder / "jobs.json"), str(out)],
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(error[-2000:] for error in errors)
+    return torch.load(out, weights_only=True)
+
+
+def jobs_for(model: Path, ways: tuple[str, ...]) -> dict[tuple[str, str], dict]:
+    names = [(job, way) for job in JOBS for way in ways if way == "no_shard" or not JOBS[job].get("unequal")]
+    return {(job, way): {**BASE, **JOBS[job], "sharding": way, "folder": str(model)} for job, way in names}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("ranks"), family="llama")
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory) -> dict[str, dict]:
+    jobs = jobs_for(model, ("no_shard",))
+    found = run_ranks(1, list(jobs.values()), tmp_path_factory.mktemp("alone"))
+    return {job: result for (job, _), result in zip(jobs, found, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_ranks_train_what_one_rank_trains(model, alone, tmp_path, world):
+    jobs = {
+        (job, way): settings
+        for (job, way), settings in jobs_for(model, WAYS).items()
+        if world == 2 or (job in TRIED_ON_FOUR and way != "shard_grad_op")
+    }
+    for (job, way), found in zip(jobs, run_ranks(world, list(jobs.values()), tmp_path), strict=True):
+        expected = alone[job]
+        where = f"{job}, {way}, {world} ranks"
+        assert found["units"] == expected["units"], where
+        assert set(found["gradients"]) == set(expected["gradients"]), where
+        for name, gradient in expected["gradients"].items():
+            difference = (found["gradients"][name] - gradient).abs().max().item()
+            assert difference <= 1e-6 * max(1.0, gradient.abs().max().item()), f"{where}: {name}: {difference}"
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4), where
+
+
+def test_groups_are_dealt_out_evenly_and_none_is_lost():
+    groups = [[0, 1, 2], [3, 4], [5]]
+    for world in (1, 2, 3, 4):
+        parts = [shares_of(groups, rank=rank, world=world) for rank in range(world)]
+        assert len({len(part) for part in parts}) == 1
+        assert sorted(item for part in parts for group in part for item in group) == list(range(6))
+
+
+def test_with_fewer_items_than_ranks_everyone_takes_all():
+    assert shares_of([[0]], rank=1, world=2) == [[0]]
