@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
+from zhibei.config.yaml_tree import parse, read_text
+from zhibei.data.encode import with_system
 from zhibei.generate.decoding import context_tokens
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.sampler import Answer, Piece, generate, stream
@@ -25,6 +27,9 @@ from zhibei.store.files import read_json
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from zhibei.serve.gguf_speaker import GgufSpeaker
 
 # The share of the context that the history leaves to the answer, at least.
 ANSWER_SHARE = 1 / 4
@@ -49,6 +54,8 @@ class Speaker:
     template: Template
     notes: tuple[str, ...] = ()
     uses_adapters: bool = True
+    system: str | None = None
+    """The system prompt of conversations that bring none, as in training."""
 
     @property
     def context_tokens(self) -> int | None:
@@ -113,7 +120,7 @@ class Speaker:
         return nullcontext() if self.uses_adapters else self.model.without_adapters()
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
-        return self.tokenizer.encode(self.template.render(messages, answer_next=True).text)
+        return self.tokenizer.encode(self.template.render(with_system(messages, self.system), answer_next=True).text)
 
     def _fitting(self, options: SamplingOptions) -> SamplingOptions:
         return with_template_stops(options, self.template)
@@ -157,17 +164,39 @@ def open_speaker(
     device: str = "auto",
     precision: str = "auto",
     quantize: QuantizeKind = "none",
-) -> Speaker:
-    """Load what lies at `path`: a run directory, a Hugging Face folder, a hub id, or a PEFT adapter folder.
+) -> Any:
+    """Load what lies at `path`, as a Speaker: a run directory, a Hugging Face folder, a hub id, a PEFT adapter folder.
+    A GGUF file becomes a GgufSpeaker: the same methods for talking, run by llama.cpp in the types that the file holds.
 
     `base` names the model under an adapter, `template` overrides what the run's manifest or the tokenizer says,
     `quantize` holds the weights in 8 or 4 bits (under an adapter: those of its base).
     Raises UserError when something is missing (the folder, an adapter's base, a template), and when tokenizer, template
     or base are no longer those that the run's manifest names.
     """
-    _, tokenizer, chosen, notes = wording_of(path, base=base, template=template)
+    if is_gguf(path):
+        return _open_gguf(path, template=template, device=device, base=base, precision=precision, quantize=quantize)
+    _, tokenizer, chosen, notes, system = wording_of(path, base=base, template=template)
     model = load_for_inference(path, device=device, precision=precision, base=base, quantize=quantize)
-    return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes)
+    return Speaker(name=path, model=model, tokenizer=tokenizer, template=chosen, notes=notes, system=system)
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a path names a GGUF file."""
+    return path.lower().endswith(".gguf")
+
+
+def _open_gguf(path: str, *, template: str | None, device: str, **fixed: str | None) -> GgufSpeaker:
+    from zhibei.serve.gguf_speaker import open_gguf
+
+    for name, value in fixed.items():
+        if value not in (None, "auto", "none"):
+            raise UserError(
+                f"--{name} {value}: a GGUF file is whole and keeps the types it was written in",
+                expected=f"no --{name} with a .gguf file",
+                fix=f"leave --{name} out, or export the model in another type",
+                where=f"--{name}",
+            )
+    return open_gguf(path, template=template, device=device)
 
 
 class Wording(NamedTuple):
@@ -177,6 +206,7 @@ class Wording(NamedTuple):
     tokenizer: Tokenizer
     template: Template
     notes: tuple[str, ...]
+    system: str | None
 
 
 def wording_of(path: str, *, base: str | None = None, template: str | None = None) -> Wording:
@@ -197,11 +227,11 @@ def wording_of(path: str, *, base: str | None = None, template: str | None = Non
     if found.run is not None:
         require_as_trained(found.run, tokenizer, asked=template)
     chosen, notes = choose_template(found, tokenizer, asked=template)
-    return Wording(found, tokenizer, chosen, notes)
+    return Wording(found, tokenizer, chosen, notes, trained_system(found))
 
 
 def open_base(
-    speaker: Speaker,
+    speaker: Speaker | GgufSpeaker,
     *,
     device: str = "auto",
     precision: str = "auto",
@@ -212,11 +242,11 @@ def open_base(
 
     With adapters these are switched off and nothing is loaded. Raises UserError when it is not known what the base was.
     """
-    if speaker.has_adapters:
+    if isinstance(speaker, Speaker) and speaker.has_adapters:
         return speaker.without_adapters()
-    found = locate(speaker.name)
-    named = base or (_trained_from(found) if found.run else None)
-    if named is None:
+    found = locate(speaker.name) if isinstance(speaker, Speaker) else None
+    named = base or (_trained_from(found) if found and found.run else None)
+    if named is None or not isinstance(speaker, Speaker):
         raise UserError(
             f"it is not known which base model {speaker.name} was trained from",
             expected="a run directory, an adapter folder, or the path of the base",
@@ -234,6 +264,14 @@ def _trained_from(found: Located) -> str:
     if isinstance(base, dict) and base.get("path"):
         return base.get("adapter") or base["path"]
     return read_run(str(found.run.resolved)).run.model.path
+
+
+def trained_system(found: Located) -> str | None:
+    """data.system of the run that made the model: its rows had it, so its prompts need it."""
+    if found.run is None or not found.run.resolved.is_file():
+        return None
+    values = parse(read_text(found.run.resolved), source=str(found.run.resolved)).values
+    return (values.get("data") or {}).get("system")
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

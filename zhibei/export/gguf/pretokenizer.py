@@ -15,7 +15,8 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.export.gguf.vocabulary import Vocabulary, steps_of, with_pre
-from zhibei.generate.llama_cpp import GgufModel, is_installed
+from zhibei.generate.llama_cpp import GgufModel
+from zhibei.generate.llama_library import is_installed
 from zhibei.text.tokenizer import Tokenizer
 
 PITFALL = "gguf-pretokenizer-hash-unknown"

@@ -18,7 +18,7 @@ import numpy as np
 
 from zhibei.config.errors import UserError
 from zhibei.export.gguf.kinds import PLAIN, row_bytes
-from zhibei.generate.llama_cpp import INSTALL, is_installed, library
+from zhibei.generate.llama_library import INSTALL, is_installed, library
 
 IN_NUMPY = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 """Block types that the package gguf quantises itself."""

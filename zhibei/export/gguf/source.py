@@ -20,6 +20,7 @@ from zhibei.model.locate import Located, locate
 from zhibei.model.score_model import holds_scores
 from zhibei.model.wording import choose_template, tokenizer_place
 from zhibei.store.files import read_json
+from zhibei.store.manifest import require_base
 from zhibei.store.shards import TensorFolder, read_tensors
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
@@ -120,6 +121,7 @@ def _tensors(found: Located) -> dict[str, Read]:
     tensors = {name: _stored(stored, name) for name in stored}
     if found.adapter is None:
         return tensors
+    require_base(found.adapter, Path(found.weights))
     adapter = read_adapter_folder(found.adapter)
     changes = mixed_changes([adapter])
     whole = {
