@@ -270,7 +270,7 @@ def trained_system(found: Located) -> str | None:
     """data.system of the run that made the model: its rows had it, so its prompts need it."""
     if found.run is None or not found.run.resolved.is_file():
         return None
-    values = parse(read_text(found.run.resolved), source=str(found.run.resolved)).values
+    values = parse(read_text(found.run.resolved), source=str(found.run.resolved)).value or {}
     return (values.get("data") or {}).get("system")
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.config.read import read_run
 from zhibei.data.batches import padded_passes
 from zhibei.data.encode import with_system
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
 from zhibei.model.score_model import load_score_model_for_inference, row_scores
 from zhibei.model.wording import choose_template, tokenizer_place
+from zhibei.serve.chat import trained_system
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
@@ -71,9 +71,7 @@ def open_judge(
     model = load_score_model_for_inference(path, device=device, precision=precision, base=base)
     tokenizer = load_tokenizer(tokenizer_place(found))
     chosen, _ = choose_template(found, tokenizer, asked=template)
-    has_file = found.run is not None and found.run.resolved.is_file()
-    system = read_run(str(found.run.resolved)).run.data.system if found.run is not None and has_file else None
-    return Judge(path, model, tokenizer, chosen, system)
+    return Judge(path, model, tokenizer, chosen, trained_system(found))
 
 
 def _as_messages(messages: Sequence[Message | Mapping[str, Any]]) -> tuple[Message, ...]:

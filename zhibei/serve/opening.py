@@ -172,7 +172,12 @@ def _speakers(members: Sequence[_Member], loading: Loading) -> tuple[dict[str, S
             _join(opened.model.hf, wording.found.adapter, one)
         adapters[one.name] = None if wording.found.adapter is None else one.name
         speakers[one.name] = replace(
-            opened, name=one.path, tokenizer=wording.tokenizer, template=wording.template, notes=wording.notes
+            opened,
+            name=one.path,
+            tokenizer=wording.tokenizer,
+            template=wording.template,
+            notes=wording.notes,
+            system=wording.system,
         )
     return speakers, adapters if any(adapters.values()) else {}
 
