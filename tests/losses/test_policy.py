@@ -65,6 +65,23 @@ def test_gae_on_every_padding_side(left: bool, gamma: float, lam: float) -> None
 
 
 @pytest.mark.parametrize("left", [False, True])
+def test_gae_goes_on_from_the_value_after_an_answer_that_was_cut_off(left: bool) -> None:
+    rewards = [RANDOM.normal(size=length) for length in LENGTHS]
+    values = [RANDOM.normal(size=length) for length in LENGTHS]
+    after = np.array([0.0, 2.5, -1.5])
+    rewards_BT, values_BT = padded(rewards, left=left, fill=99.0), padded(values, left=left, fill=-77.0)
+    mask_BT, after_B = mask(left=left), torch.tensor(after, dtype=torch.float32)
+    found_BT, _ = gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=0.8, after_B=after_B)
+    for row, (reward, value) in enumerate(zip(rewards, values, strict=True)):
+        # A value after the end is what one more step without reward would be worth.
+        expected = numpy_gae(reward + 0.9 * np.eye(len(reward))[-1] * after[row], value, 0.9, 0.8)
+        np.testing.assert_allclose(found_BT[row][mask_BT[row]], expected, rtol=1e-6, atol=1e-6)
+    plain_BT, _ = gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=0.8)
+    assert torch.equal(plain_BT[0], found_BT[0])
+    assert not torch.equal(plain_BT[2], found_BT[2])
+
+
+@pytest.mark.parametrize("left", [False, True])
 def test_the_score_lands_on_the_true_last_token(left: bool) -> None:
     kl = [RANDOM.normal(size=length) for length in LENGTHS]
     scores = np.array([1.0, -2.0, 3.0])

@@ -13,16 +13,20 @@ import torch
 
 from tests.train.small_policy import small_policy
 from zhibei.config.errors import RunStopped, UserError
-from zhibei.config.policy import GrpoSection, PpoSection
+from zhibei.config.policy import GrpoSection, PpoSection, RaftSection
 from zhibei.generate.rollouts import Rollout
 from zhibei.model.load import load_for_inference
+from zhibei.store.checkpoint import list_steps
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
-from zhibei.train import grpo, iteration, ppo
-from zhibei.train.collect import Collected
-from zhibei.train.experience import rows_of
+from zhibei.train import grpo, iteration, ppo, raft
+from zhibei.train.collect import Collected, collect
+from zhibei.train.experience import passes_of, rows_of
 from zhibei.train.loops import train
 from zhibei.train.policy_materials import gather_policy
+from zhibei.train.reward_shaping import RunningScale
+from zhibei.train.reward_sources import unsupervised_rows
+from zhibei.train.token_loss import token_loss
 
 CUTS = {"kl_target": 2.0, "normalize_rewards": "true", "missing_terminator_penalty": 0.1}
 
@@ -190,6 +194,35 @@ def test_ppo_learns_from_gae_of_rewards_less_the_kl() -> None:
     np.testing.assert_allclose(found.figures_BT["advantages"].numpy(), whitened, atol=1e-6)
 
 
+def test_what_the_critic_expects_stands_in_the_place_of_the_score_of_a_cut_answer() -> None:
+    made = collected([1.0, -1.0, 0.5], [3, 1, 2])
+    rollout = dataclasses.replace(made.rollout, finish=["length", "stop", "length"])
+    made = dataclasses.replace(made, rollout=rollout, end_values_B=torch.tensor([2.0, 3.0, 4.0]))
+    section = PpoSection(gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
+    bootstrapped = section.model_copy(update={"truncated": "bootstrap"})
+    ended, found = (ppo.experience_of(made, one, kl_coefficient=0) for one in (section, bootstrapped))
+    assert torch.equal(ended.figures_BT["returns"][1], found.figures_BT["returns"][1])
+    discount = 0.9 * 0.8
+    for row, length, score, after in ((0, 3, 1.0, 2.0), (2, 2, 0.5, 4.0)):
+        moved = (0.9 * after - score) * discount ** np.arange(length - 1, -1, -1)
+        change = (found.figures_BT["advantages"] - ended.figures_BT["advantages"])[row, :length]
+        np.testing.assert_allclose(change.numpy(), moved, atol=1e-6)
+
+
+def test_a_value_after_the_end_is_that_of_the_last_token(tmp_path: Path) -> None:
+    parts = gather_policy(small_policy(tmp_path, "ppo", "ppo.truncated=bootstrap"))
+    assert parts.roles.critic is not None
+    torch.nn.init.normal_(parts.roles.critic.head.weight)
+    found = collect(parts, 0, RunningScale())
+    assert found.was_cut_B.any()
+    for number, row in enumerate(found.rollout.rows[:5]):
+        alone = passes_of(unsupervised_rows([row]), [0], parts.plan)[0]
+        with parts.roles.as_critic() as critic, torch.no_grad():
+            value = critic.values(alone)[len(row) - 1]
+        assert found.end_values_B is not None
+        assert float(found.end_values_B[number]) == pytest.approx(float(value), abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "reinforce++"])
 def test_groups_without_variance_are_left_out_and_tokens_weigh_what_the_method_says(method: Any) -> None:
     made = collected([1.0, 0.0, 2.0, 2.0], [3, 1, 2, 2])
@@ -227,8 +260,6 @@ def test_supervised_rows_add_their_weighted_mean_loss(tmp_path: Path) -> None:
     assert {number for batch in passes for number in batch.row_numbers} != set()
     plain = parts.ptx.micro_batches(0) if parts.ptx else []
     losses = sum(float(parts.materials.stepper.loss_sum(parts.roles.policy, batch).detach()) for batch in passes)  # type: ignore[union-attr]
-    from zhibei.train.token_loss import token_loss
-
     wanted = sum(float(token_loss(parts.head)(parts.roles.policy, batch).detach()) for batch in plain)
     assert losses == pytest.approx(0.5 * 96 * wanted / sum(batch.num_units for batch in plain), rel=1e-5)
     run_dir = train(
@@ -242,3 +273,92 @@ def test_the_passes_end_once_the_policy_has_gone_far(tmp_path: Path) -> None:
     record = next(r for r in read_metrics(run_dir.metrics) if r["kind"] == "iteration")
     assert record["stopped_early"]
     assert record["policy_steps"] <= 2
+
+
+FAILING = '''
+import pathlib, time
+CALLS = pathlib.Path(__file__).with_name("calls")
+
+
+def flaky(prompts, answers, references):
+    """Fails from its third call on, until a file named `mended` is there."""
+    calls = int(CALLS.read_text()) + 1 if CALLS.exists() else 1
+    CALLS.write_text(str(calls))
+    if calls >= %d and not CALLS.with_name("mended").exists():
+        %s
+    return [float(len(answer)) for answer in answers]
+'''
+FAULTS = {
+    "raises": ("raise ValueError('no judge today')", "raised ValueError: no judge today .*rewards_failing.py, line"),
+    "hangs": ("time.sleep(9)", "did not answer within 1 s"),
+    "gives no number": ("return [float('nan')] * len(answers)", "gave nan for answer 0"),
+    "gives too few": ("return [1.0]", "gave 1 rewards for"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_reward_that_fails_in_the_middle_loses_no_work(fault: str, tmp_path: Path) -> None:
+    """Calls: evaluation at 0, iteration 1, evaluation at 1, iteration 2, evaluation at 2. Raising comes with the last,
+    the other faults with the one before."""
+    statement, said = FAULTS[fault]
+    file, step = tmp_path / "rewards_failing.py", 2 if fault == "raises" else 1
+    file.write_text(FAILING % (3 + step, statement))
+    more = ["grpo.save_every=0", "grpo.evaluate_every=1", f"grpo.reward=python:{file}:flaky", "grpo.reward_seconds=1"]
+    run = small_policy(tmp_path, "grpo", *more, "grpo.global_batch=8", "name=failing")
+    with pytest.raises(RunStopped, match=said) as caught:
+        train(run)
+    run_dir = RunDir(tmp_path / "runs" / "failing")
+    assert f"zhibei resume {run_dir.path}" in caught.value.fix
+    assert [one for one, _ in list_steps(run_dir.checkpoints)] == [step]
+    if fault != "raises":
+        return
+    (tmp_path / "mended").touch()
+    train(run, resume=run_dir)
+    whole = train(small_policy(tmp_path, "grpo", *more, "grpo.global_batch=8", "name=whole"))
+    assert iterations(run_dir) == iterations(whole)
+    seen = [
+        {r["step"]: r["reward_mean"] for r in read_metrics(one.metrics) if r["kind"] == "evaluation"}
+        for one in (run_dir, whole)
+    ]
+    assert seen[0] == seen[1]
+
+
+def test_raft_keeps_the_best_of_each_prompt_or_of_all() -> None:
+    made = dataclasses.replace(collected([1.0, 3.0, 2.0, 2.0, 0.0, 5.0], [1] * 6), reference_BT=None)
+
+    def kept(**settings: Any) -> raft.Kept:
+        return raft.best_of(made, RaftSection(answers_per_prompt=2, keep_share=0.5, **settings))
+
+    assert kept() == raft.Kept([1, 5], excluded_groups=1)
+    assert kept(compare="iteration") == raft.Kept([5, 1, 2])
+    # Where a number says what is good, a group without variance can be good as a whole.
+    assert kept(least_reward=2.5) == raft.Kept([1, 5], not_good_enough=1)
+    assert kept(least_reward=2.0) == raft.Kept([1, 2, 5])
+    constant = dataclasses.replace(made, rewards_B=torch.ones(6), scores=[1.0] * 6)
+    assert raft.best_of(constant, RaftSection(answers_per_prompt=2, keep_share=0.5, compare="iteration")).numbers == []
+
+
+def test_raft_takes_the_kl_off_before_it_compares() -> None:
+    made = collected([1.0, 1.1], [2, 2])
+    far = torch.zeros(2, 2)
+    far[1] = -1.0  # the second answer is much likelier under the policy than under the reference
+    made = dataclasses.replace(made, old_logps_BT=torch.zeros(2, 2), reference_BT=far)
+    section = RaftSection(answers_per_prompt=2, keep_share=0.5)
+    assert raft.best_of(made, section).numbers == [1]
+    assert raft.best_of(made, section.model_copy(update={"kl_coefficient": 0.1})).numbers == [0]
+
+
+def test_a_step_of_raft_is_a_supervised_step_over_what_was_kept(tmp_path: Path) -> None:
+    run_dir = train(small_policy(tmp_path, "raft", "raft.max_steps=1", "raft.global_batch=4", "raft.least_reward=9"))
+    record = next(r for r in read_metrics(run_dir.metrics) if r["kind"] == "iteration")
+    assert (record["kept"], record["not_good_enough"], record["policy_steps"]) == (0, 8, 0)
+    parts = gather_policy(small_policy(tmp_path, "raft", "raft.global_batch=4"))
+    made = collect(parts, 0, RunningScale(), group=8)
+    batch = passes_of(made.rows, [3, 9], parts.plan)[0]
+    supervised, loss = (
+        one(parts.roles.policy, batch) for one in (token_loss(parts.head), parts.materials.stepper.loss_sum)
+    )
+    assert isinstance(loss, torch.Tensor)
+    assert isinstance(supervised, torch.Tensor)
+    assert loss.item() == pytest.approx(supervised.item())
+    assert batch.num_units == len(made.rollout.answers[3]) + len(made.rollout.answers[9])

@@ -49,15 +49,22 @@ def token_rewards(
 
 
 def gae(
-    rewards_BT: torch.Tensor, values_BT: torch.Tensor, mask_BT: torch.Tensor, *, gamma: float, lam: float
+    rewards_BT: torch.Tensor,
+    values_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    after_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages, returns) by generalised advantage estimation, arXiv:1506.02438, eq. 16, backwards in time.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return = A + V. After the last token of an
-    answer the value is 0. Tokens outside of the mask are skipped, wherever the padding is.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return = A + V. `after_B` is the value after
+    the last token of an answer: 0 where it ended (and everywhere by default), what the critic expects where it would
+    have gone on (arXiv:1712.00378, eq. 6). Tokens outside of the mask are skipped, wherever the padding is.
     """
     advantages_BT = torch.zeros_like(rewards_BT)
-    next_value_B = torch.zeros_like(rewards_BT[:, 0])
+    next_value_B = torch.zeros_like(rewards_BT[:, 0]) if after_B is None else after_B
     next_advantage_B = torch.zeros_like(next_value_B)
     for t in reversed(range(rewards_BT.shape[1])):
         is_token_B = mask_BT[:, t]

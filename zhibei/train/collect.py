@@ -18,7 +18,7 @@ from zhibei.generate.options import SamplingOptions
 from zhibei.generate.rewards import Answered
 from zhibei.generate.rollouts import Rollout, write_answers
 from zhibei.model.language_model import LanguageModel
-from zhibei.train.experience import on_grid, rows_of
+from zhibei.train.experience import on_grid, on_grid_with_ends, rows_of
 from zhibei.train.policy_loss import log_probabilities
 from zhibei.train.policy_materials import PolicyMaterials
 from zhibei.train.reward_shaping import RunningScale, shaped
@@ -43,10 +43,17 @@ class Collected:
     reference_BT: torch.Tensor | None
     values_BT: torch.Tensor | None
     seconds: dict[str, float]
+    end_values_B: torch.Tensor | None = None
+    """What the critic expects after the last token of each answer."""
 
     @property
     def mask_BT(self) -> torch.Tensor:
         return self.rollout.mask_BT
+
+    @property
+    def was_cut_B(self) -> torch.Tensor:
+        """Whether an answer was cut off at max_new_tokens."""
+        return torch.tensor([reason == "length" for reason in self.rollout.finish])
 
 
 def seed_of(seed: int, iteration: int) -> int:
@@ -76,13 +83,15 @@ def collect(parts: PolicyMaterials, iteration: int, scale: RunningScale, *, grou
         return on_grid(rows, mask_BT, parts.plan, compute)
 
     old_BT = logps_of(roles.policy)
-    reference_BT = values_BT = None
+    reference_BT = values_BT = end_values_B = None
     if roles.has_reference:
         with roles.as_reference() as reference:
             reference_BT = logps_of(reference)
     if roles.critic is not None:
         with roles.as_critic() as critic:
-            values_BT = on_grid(rows, mask_BT, parts.plan, lambda batch: critic.values(batch.to(device)))
+            values_BT, end_values_B = on_grid_with_ends(
+                rows, mask_BT, parts.plan, lambda batch: critic.values(batch.to(device))
+            )
     return Collected(
         rollout=rollout,
         rows=rows,
@@ -93,6 +102,7 @@ def collect(parts: PolicyMaterials, iteration: int, scale: RunningScale, *, grou
         engine_logps_BT=rollout.grid(rollout.logps),
         reference_BT=reference_BT,
         values_BT=values_BT,
+        end_values_B=end_values_B,
         seconds={
             "writing_seconds": written - started,
             "reward_seconds": rewarded - written,

@@ -23,6 +23,7 @@ from zhibei.data.batches import (
 )
 from zhibei.data.prepared import PreparedRows
 from zhibei.generate.rollouts import Rollout
+from zhibei.model.score_model import last_tokens
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,21 @@ def on_grid(
     rows: PreparedRows, mask_BT: torch.Tensor, plan: BatchPlan, compute: Callable[[Batch], torch.Tensor]
 ) -> torch.Tensor:
     """`compute` gives a number per position [N] of a batch on its device; here they are per answer token, [B, T]."""
-    found_BT = torch.zeros(mask_BT.shape)
+    return on_grid_with_ends(rows, mask_BT, plan, compute)[0]
+
+
+def on_grid_with_ends(
+    rows: PreparedRows, mask_BT: torch.Tensor, plan: BatchPlan, compute: Callable[[Batch], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and the number at the last token of each row [B]: what is known once the whole answer is there."""
+    found_BT, ends_B = torch.zeros(mask_BT.shape), torch.zeros(len(rows))
     with torch.no_grad():
         for batch in passes_of(rows, range(len(rows)), plan):
-            from_positions(batch, compute(batch), found_BT, mask_BT)
-    return found_BT
+            values_N = compute(batch)
+            from_positions(batch, values_N, found_BT, mask_BT)
+            last_R = last_tokens(batch, len(batch.row_numbers))
+            ends_B[list(batch.row_numbers)] = values_N.cpu()[last_R].float()
+    return found_BT, ends_B
 
 
 def minibatches(numbers: Iterable[int], count: int, *, seed: int) -> list[list[int]]:

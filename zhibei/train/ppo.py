@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from zhibei.config.resolve import ResolvedRun
 from zhibei.config.run import PpoSection
 from zhibei.losses.policy import KL_ESTIMATORS, gae, token_rewards, whiten
@@ -59,16 +61,25 @@ def loop(going: PolicyRun) -> None:
 
 def experience_of(collected: Collected, section: PpoSection, *, kl_coefficient: float) -> Experience:
     """Rewards per token with the KL to the reference taken off (arXiv:2009.01325), advantages and returns by GAE
-    (arXiv:1506.02438). Every token counts alike, so a step is a mean over its tokens."""
+    (arXiv:1506.02438). Every token counts alike, so a step is a mean over its tokens.
+
+    With `truncated: bootstrap` an answer that was cut off has no score; in its place stands the value after it."""
     assert collected.reference_BT is not None
     assert collected.values_BT is not None
     mask_BT = collected.mask_BT
     kl_BT = KL_ESTIMATORS[section.kl_estimator](collected.old_logps_BT, collected.reference_BT)
-    rewards_BT = token_rewards(collected.rewards_B, kl_BT, mask_BT, kl_coefficient=kl_coefficient)
+    scores_B, after_B = collected.rewards_B, None
+    if section.truncated == "bootstrap":
+        assert collected.end_values_B is not None
+        scores_B = torch.where(collected.was_cut_B, 0, scores_B)
+        after_B = torch.where(collected.was_cut_B, collected.end_values_B, 0)
+    rewards_BT = token_rewards(scores_B, kl_BT, mask_BT, kl_coefficient=kl_coefficient)
     if section.whiten_rewards:
         rewards_BT = whiten(rewards_BT, mask_BT, keep_mean=True)
     values_BT = collected.values_BT * mask_BT
-    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask_BT, gamma=section.gamma, lam=section.gae_lambda)
+    advantages_BT, returns_BT = gae(
+        rewards_BT, values_BT, mask_BT, gamma=section.gamma, lam=section.gae_lambda, after_B=after_B
+    )
     if section.whiten_advantages:
         advantages_BT = whiten(advantages_BT, mask_BT)
     return Experience(
