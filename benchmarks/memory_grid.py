@@ -181,8 +181,21 @@ def held_out(count: int = 14, seed: int = HELD_OUT_SEED) -> list[Setting]:
     return chosen
 
 
+QUANTISED: list[Setting] = [
+    _s("llama-7b", 8, 4096, method="qlora", quantize="nf4"),
+    _s("llama-7b", 8, 8192, method="qlora", quantize="nf4", checkpointing="full"),
+    _s("llama-3-8b", 6, 4096, method="qlora", quantize="nf4", checkpointing="selective", passes=2),
+    _s("qwen2.5-7b", 4, 4096, method="qlora", quantize="nf4", rank=64),
+    _s("mistral-7b", 6, 1024, method="qlora", quantize="nf4", checkpointing="full", row=512),
+    _s("llama-7b", 6, 4096, method="qlora", quantize="nf4", compile=False, checkpointing="full"),
+    _s("llama-7b", 8, 4096, method="qlora", quantize="int8"),
+    _s("gemma-2b", 6, 8192, method="qlora", quantize="int8", checkpointing="full", rank=8),
+]
+"""Bases in 4 and 8 bits."""
+
 GRIDS = {
     "grid": GRID,
+    "quantised": QUANTISED,
     "held-out": held_out(),
     "blind": [setting for setting in held_out(18, BLIND_SEED) if setting not in held_out()],
     "tiny": TINY,

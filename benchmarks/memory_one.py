@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.memory_grid import HELD_OUT_ROWS, Setting
+from benchmarks.packed_model import pack
 from benchmarks.records import Record, version_of
 
 GIB = 2**30
@@ -156,6 +157,13 @@ def _assembled(setting: Setting, device: torch.device) -> dict[str, Any]:
     hf.set_attn_implementation("sdpa" if name == "auto" else name)
     if name == "auto":
         hf.set_attn_implementation(attention.plain_attention(hf.config))
+    if setting.quantize != "none":
+        hf = pack(hf, setting.quantize)
+        if device.type == "cuda":
+            # A folder's weights are packed one by one while they are read; these lay there whole.
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     check_finite(hf, "random")
     if setting.method != "full":
         hf = add_adapters(hf, run.lora, seed=run.seed)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.packed_model import pack
 from benchmarks.records import Record, version_of
 from benchmarks.timing import StepClock
 from benchmarks.workload import Workload, random_model
@@ -25,11 +26,13 @@ class OurSettings:
     packing: bool = True
     rank: int = 16
     optimizer: str = "adamw"
+    quantize: str = "nf4"
+    """How the base of method qlora is held: nf4 or int8."""
 
     def describe(self, workload: Workload) -> Record:
         settings = {
             **workload.describe(),
-            "weights": "bf16 + fp32 masters" if self.method == "full" else "bf16",
+            "weights": {"full": "bf16 + fp32 masters", "lora": "bf16", "qlora": self.quantize}[self.method],
             "compute": "bf16",
             "micro_batch": f"{self.micro_batch_tokens} tokens",
             "checkpointing": self.checkpointing,
@@ -37,7 +40,7 @@ class OurSettings:
             "compile": self.compile,
             "optimizer": self.optimizer,
         }
-        return {**settings, "rank": self.rank, "targets": "all-linear"} if self.method == "lora" else settings
+        return {**settings, "rank": self.rank, "targets": "all-linear"} if self.method != "full" else settings
 
 
 def prepared(rows: list[np.ndarray]) -> Any:
@@ -76,7 +79,9 @@ def run_file(settings: OurSettings, workload: Workload, num_steps: int) -> Any:
             "optimizer": settings.optimizer,
         },
     }
-    if settings.method == "lora":
+    if settings.method == "qlora":
+        content["model"]["quantize"] = settings.quantize
+    if settings.method != "full":
         content["lora"] = {"rank": settings.rank, "alpha": 2 * settings.rank}
     return RunFile.model_validate(content)
 
@@ -97,7 +102,9 @@ def assemble(settings: OurSettings, workload: Workload, num_steps: int) -> tuple
     attention.register()
     name = choose_attention(run.model.attention if settings.packing else "sdpa", need)
     hf = random_model(workload, dtype=DTYPES[need.precision], device=device.type, attention=name)
-    if run.model.method == "lora":
+    if run.model.method == "qlora":
+        hf = pack(hf, run.model.quantize)
+    if run.model.method != "full":
         hf = add_adapters(hf, run.lora, seed=run.seed)
     model = LanguageModel(hf, attention_name=name, longest_row=workload.max_tokens)
     model.hf.train()

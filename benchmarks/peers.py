@@ -55,7 +55,7 @@ class PeerSettings:
             "packing": self.packing,
             "optimizer": "adamw (fused)",
         }
-        return {**settings, "rank": self.rank, "targets": "all-linear"} if self.method == "lora" else settings
+        return {**settings, "rank": self.rank, "targets": "all-linear"} if self.method != "full" else settings
 
 
 def trl(settings: PeerSettings, workload: Workload, *, steps: int, warmup: int) -> Record:
@@ -90,12 +90,12 @@ def unsloth(settings: PeerSettings, workload: Workload, *, steps: int, warmup: i
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder),
         max_seq_length=2048 if settings.packing else workload.max_tokens,
-        dtype=torch.bfloat16 if settings.weights == "bf16" else torch.float32,
-        load_in_4bit=False,
+        dtype=torch.float32 if settings.weights == "fp32" else torch.bfloat16,
+        load_in_4bit=settings.weights == "nf4",
         full_finetuning=settings.method == "full",
         use_gradient_checkpointing=checkpointing,
     )
-    if settings.method == "lora":
+    if settings.method != "full":
         model = FastLanguageModel.get_peft_model(
             model,
             r=settings.rank,

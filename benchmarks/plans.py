@@ -64,12 +64,23 @@ PEERS = [
     Measurement("peer-trl --method full --weights fp32 --batch 8 --checkpointing full --steps 3 --warmup 1", 120),
 ]
 
+# Bases in 8 and 4 bits: within a 24 GiB card, the smallest, and int8.
+QLORA = [
+    Measurement("zhibei --method qlora --tokens 4096 --steps 4 --warmup 3", 60),
+    Measurement("peer-unsloth --method qlora --weights nf4 --batch 32 --checkpointing unsloth --steps 3", 90),
+    Measurement("zhibei --method qlora --tokens 4096 --checkpointing full --steps 4 --warmup 3", 50),
+    Measurement("zhibei --method qlora --quantize int8 --tokens 8192 --checkpointing full --steps 3 --warmup 3", 50),
+    Measurement("zhibei --method qlora --tokens 2048 --checkpointing full --steps 3 --warmup 3", 45),
+    Measurement("zhibei --method qlora --tokens 16384 --checkpointing full --steps 3 --warmup 3", 50),
+]
+
 PLANS: dict[str, list[Measurement]] = {
     "smoke": SMOKE,
     "more-smoke": MORE_SMOKE,
     "ceiling": [Measurement("ceiling", 10)],
     "ours": OURS,
     "peers": PEERS,
+    "qlora": QLORA,
     # Rivals and ours side by side, on one warm machine.
     "main": [
         Measurement("ceiling", 10),

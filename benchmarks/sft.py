@@ -43,6 +43,7 @@ def _our_settings(options: argparse.Namespace):
         checkpointing=options.checkpointing,
         compile=options.compile == "on",
         packing=not options.padded,
+        quantize=options.quantize,
     )
 
 
@@ -133,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--skip", type=Path, default=None, help="result file of what need not be measured again")
             sub.add_argument("--peer-packages", default="", help="folder of the rivals' packages, seen only by them")
         elif verb != "ceiling":
-            sub.add_argument("--method", choices=("full", "lora"), default="lora")
+            sub.add_argument("--method", choices=("full", "lora", "qlora"), default="lora")
             checkpointing = {"peer-trl": ("none", "full"), "peer-unsloth": ("none", "full", "unsloth")}
             sub.add_argument(
                 "--checkpointing", choices=checkpointing.get(verb, ("none", "selective", "full")), default="none"
@@ -141,10 +142,11 @@ def parser() -> argparse.ArgumentParser:
         if verb in ("zhibei", "profile"):
             sub.add_argument("--tokens", type=int, default=8192, help="tokens of one forward pass")
             sub.add_argument("--compile", choices=("on", "off"), default="on")
+            sub.add_argument("--quantize", choices=("nf4", "int8"), default="nf4", help="the base of method qlora")
             sub.add_argument("--padded", action="store_true", help="pad instead of packing")
         if verb.startswith("peer"):
             sub.add_argument("--batch", type=int, default=32, help="rows of one forward pass")
-            sub.add_argument("--weights", choices=("fp32", "bf16"), default="bf16")
+            sub.add_argument("--weights", choices=("fp32", "bf16", "nf4"), default="bf16")
             sub.add_argument("--packing", action="store_true", help="the rival's own packing, rows of 2,048 tokens")
         if verb == "peer-trl":
             sub.add_argument("--liger", action="store_true")

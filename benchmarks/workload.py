@@ -63,7 +63,7 @@ class Workload:
 
     def tflops(self, tokens_per_s: float, method: str) -> float:
         """Model TFLOP/s: 6N per useful token for full training, 4N where the base is frozen (no weight gradients)."""
-        return {"full": 6, "lora": 4}[method] * self.num_parameters() * tokens_per_s / 1e12
+        return {"full": 6, "lora": 4, "qlora": 4}[method] * self.num_parameters() * tokens_per_s / 1e12
 
     def rows(self, num_steps: int) -> list[np.ndarray]:
         """Random token ids (int32) for that many optimiser steps, cut at `max_tokens`; a pure function of the seed."""

@@ -194,10 +194,11 @@ def _unpack_int8(
 def _unpack_4bit(
     parts: Sequence[torch.Tensor], how: str, outputs: int, inputs: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    # As one row: on processors with AVX512, bitsandbytes 0.50.2 takes the wrong scales for matrices whose rows are no
+    # whole number of blocks (backends/cpu/ops.py counts blocks anew in each row).
     name, block = how.split()
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        parts[0], _scales(parts), int(block), name, [outputs, inputs], dtype
-    )
+    unpack = torch.ops.bitsandbytes.dequantize_4bit.default
+    return unpack(parts[0], _scales(parts), int(block), name, [outputs * inputs], dtype).view(outputs, inputs)
 
 
 def _scales(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -271,6 +272,8 @@ def _few_rows_int8(input: torch.Tensor, parts: Sequence[torch.Tensor], how: str,
 
 def _few_rows_4bit(input: torch.Tensor, parts: Sequence[torch.Tensor], how: str, size: tuple[int, int]) -> torch.Tensor:
     name, block = how.split()
+    if size[1] % int(block):
+        return torch.ops.zhibei.quantised_linear(input, parts, how, *size)
     product = torch.ops.bitsandbytes.gemm_4bit.default
     if len(parts) == 2:
         return product(input, parts[0], list(size), parts[1], int(block), name)

@@ -15,7 +15,8 @@ from zhibei.plan.shapes import ModelShape
 
 ALLOCATION = 512  # torch's allocator rounds every tensor up to this (c10/cuda/CUDACachingAllocator)
 BLOCK_8BIT, SMALL_8BIT = 256, 4096  # bitsandbytes: block size, and below which tensors keep fp32 states
-BLOCK_NF4 = 64
+BLOCK_NF4, BLOCK_SCALES, CODE_VALUES = 64, 256, 256
+"""Values per scale, scales per scale of theirs, and values of the code that 8-bit scales are written in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Holdings:
     largest_trained: int
     largest: int
     """Elements of the largest tensor of all."""
+    unpacked: int
+    """Bytes of the largest packed matrix in the model's type, in which it lies while a product takes; 0: none is."""
     frozen_head: bool
     frozen_embedding: bool
     states_from_first_update: bool
@@ -74,6 +77,7 @@ def holdings_of(shape: ModelShape, job: Job) -> Holdings:
         trained_sizes=tuple(trained),
         largest_trained=max(trained, default=0),
         largest=max(base.values()),
+        unpacked=unpacked_bytes(shape, job),
         frozen_head=job.trains_adapters and not any("lm_head" in name for name in job.modules_to_save),
         frozen_embedding=job.trains_adapters and not any("embed" in name for name in job.modules_to_save),
         states_from_first_update=not is_split,
@@ -99,6 +103,13 @@ def weight_bytes(shape: ModelShape, job: Job) -> int:
     return total
 
 
+def unpacked_bytes(shape: ModelShape, job: Job) -> int:
+    """The largest matrix that products unpack (zhibei/model/quantized.py)."""
+    if job.quantize == "none":
+        return 0
+    return rounded(job.item_bytes * max(linear.inputs * linear.outputs for linear in shape.linears()))
+
+
 def _int8(elements: int, rows: int) -> int:
     """LLM.int8 (arXiv:2208.07339): a byte per value and an fp32 scale per row."""
     return rounded(elements) + rounded(4 * rows)
@@ -107,7 +118,8 @@ def _int8(elements: int, rows: int) -> int:
 def _nf4(elements: int, rows: int) -> int:
     """QLoRA (arXiv:2305.14314): half a byte per value; scales of 64-value blocks, themselves held in 8 bits."""
     blocks = -(-elements // BLOCK_NF4)
-    return rounded(elements / 2) + rounded(blocks) + rounded(4 * blocks / 256)
+    scales = rounded(blocks) + rounded(4 * -(-blocks // BLOCK_SCALES))
+    return rounded(elements / 2) + scales + rounded(4 * CODE_VALUES) + rounded(4)
 
 
 PACKED: Mapping[str, Callable[[int, int], int]] = {"int8": _int8, "nf4": _nf4}

@@ -133,7 +133,7 @@ def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> Memory
         Phase("load", "checking that weights are finite", _shown(_load(before_update, job, mine))),
         _heaviest("first step", first),
         _heaviest("steady", steady),
-        _heaviest("evaluation", [_with(always, moment) for moment in _evaluation(shape, job)]),
+        _heaviest("evaluation", [_with(always, moment) for moment in _evaluation(shape, job, mine)]),
         Phase("save", "one tensor is checked", _shown({**always, "checks": _finite(job, mine.largest_trained)})),
         Phase("proof", "the written model beside the trained one", _shown(_proof(always, job, mine))),
     ]
@@ -186,12 +186,14 @@ def _finite(job: Job, elements: int) -> float:
 
 
 def _load(always: Causes, job: Job, held: Holdings) -> Causes:
-    checked = {"weights": held.weights, "checks": _finite(job, held.largest)}
+    # A matrix that is packed lies there in the model's type, is looked at, and (int8) copied to fp16.
+    packing = 3 * held.unpacked
+    checked = {"weights": held.weights, "checks": max(_finite(job, held.largest), packing)}
     ready = {**always, "workspaces": WORKSPACE_BYTES / 2 * job.on_gpu}
     return max(checked, ready, key=lambda causes: sum(causes.values()))
 
 
-def _evaluation(shape: ModelShape, job: Job) -> list[Moment]:
+def _evaluation(shape: ModelShape, job: Job, held: Holdings) -> list[Moment]:
     """Held-out loss without gradients, and the panel's answers, of which the cache of keys and values is the most."""
     tokens, item = job.heldout_tokens or job.pass_tokens, job.item_bytes
     wide = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
@@ -200,11 +202,15 @@ def _evaluation(shape: ModelShape, job: Job) -> list[Moment]:
     per_logit = item * (1 + has_earlier) if job.is_compiled else item * (1 + has_earlier) + 8
     answers = PANEL_PROMPTS * (job.row_tokens + job.sample_tokens) if job.sample_tokens else 0
     return [
-        Moment("a layer", {"activations": forward}),
+        Moment("a layer", {"activations": forward, "working buffers": held.unpacked}),
         Moment("loss", {"loss": per_logit * rows * shape.vocabulary, "activations": item * tokens * shape.hidden}),
         Moment(
             "sampled answers",
-            {**sampling(shape, job, answers, PANEL_PROMPTS), "activations": item * answers * 2 * wide},
+            {
+                **sampling(shape, job, answers, PANEL_PROMPTS),
+                "activations": item * answers * 2 * wide,
+                "working buffers": held.unpacked,
+            },
         ),
     ]
 

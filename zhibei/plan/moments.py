@@ -158,7 +158,7 @@ def first_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     return {
         "gradients": _head_gradient(shape, job, held),
         "activations": recomputed_bytes(shape, job) - _final_norm(shape, job),
-        "working buffers": working_bytes(shape, job),
+        "working buffers": working_bytes(shape, job) + held.unpacked,
     }
 
 
@@ -174,7 +174,7 @@ def last_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     return {
         "gradients": gradients,
         "activations": kept + recomputed_bytes(shape, job) + _tables(shape, job),
-        "working buffers": working_bytes(shape, job),
+        "working buffers": working_bytes(shape, job) + held.unpacked,
     }
 
 

@@ -216,8 +216,7 @@ def what_would_fit(
     wishes = wishes or Wishes()
     is_planned_only = wishes != ONE_CARD
     found = []
-    methods = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[run.model.method]
-    for method in methods if is_planned_only else [name for name in methods if name != "qlora"]:
+    for method in {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[run.model.method]:
         other = run.model_copy(update={"model": run.model.model_copy(update={"method": method})})
         if search(other, shape, machine, rows, wishes).chosen.fits:
             found.append(f"model.method: {method} on this machine")
