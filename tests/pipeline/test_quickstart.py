@@ -1,9 +1,11 @@
-"""The whole quickstart at a tiny size: tuned beats base, the files keep their contract, the folder talks."""
+"""The whole quickstart at a tiny size: world to PPO, the files keep their contract, every stage can be gone on from."""
 
 from __future__ import annotations
 
+import ast
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import pytest
 from tests.tiny import tiny_model_folder
 from zhibei.cli.app import run_command
 from zhibei.config.errors import UserError
+from zhibei.config.read import read_run
 from zhibei.pipeline.outcome import Outcome
 from zhibei.pipeline.place import Order, find_place, take_place
 from zhibei.pipeline.quickstart import run_world
 from zhibei.pipeline.stage import train_stage, write_run_file
+from zhibei.pipeline.world.files import asked, read_questions
 
 ORDER = Order(seed=0, size="tiny")
 
@@ -44,12 +48,11 @@ def test_no_watchdog_speaks(finished):
 @pytest.mark.slow
 def test_tuned_beats_base_with_intervals_apart(finished):
     _, outcome, _ = finished
-    base, tuned = outcome.stages
+    base, tuned, _ = outcome.stages
     assert base.score <= 0.1
     assert tuned.score > base.score
-    assert tuned.low > base.score
-    assert outcome.paired is not None
-    assert outcome.paired.p_value < 0.01
+    assert [(step.before, step.after) for step in outcome.steps] == [("base", "sft"), ("sft", "ppo")]
+    assert outcome.steps[0].paired.p_value < 0.05
 
 
 @pytest.mark.slow
@@ -57,26 +60,79 @@ def test_summary_keeps_its_contract(finished):
     runs, outcome, _ = finished
     summary = json.loads((runs / "quickstart" / "summary.json").read_text())
     assert set(summary) == {"stages", "seed", "total_seconds"}
-    assert [stage["name"] for stage in summary["stages"]] == ["base", "sft"]
+    assert [stage["name"] for stage in summary["stages"]] == ["base", "sft", "ppo"]
     for stage in summary["stages"]:
         assert set(stage) == {"name", "metric", "score", "low", "high", "seconds"}
         assert stage["metric"] == "exact_match"
         assert 0 <= stage["low"] <= stage["score"] <= stage["high"] <= 1
     answers = [json.loads(line) for line in (runs / "quickstart" / "answers.jsonl").read_text().splitlines()]
-    tuned = sum(answer["tuned_right"] for answer in answers) / len(answers)
-    assert tuned == summary["stages"][1]["score"] == outcome.stages[1].score
+    for stage in outcome.stages:
+        assert stage.score == sum(answer["right"][stage.name] for answer in answers) / len(answers)
 
 
 @pytest.mark.slow
-def test_both_stages_are_ordinary_runs_and_the_watcher_hears_of_them(finished):
+def test_learned_reward_and_true_score_stand_side_by_side(finished):
+    """The true scores of the course are those of the models themselves: its ends are the SFT model and the policy."""
+    _, outcome, _ = finished
+    first, last = outcome.course[0], outcome.course[-1]
+    assert (first["step"], first["true_score"], first["kl"]) == (0, outcome.stages[1].score, 0.0)
+    assert (last["step"], last["true_score"]) == (4, outcome.stages[2].score)
+    assert first["learned_reward"] != last["learned_reward"]
+    found = outcome.reward
+    assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
+    assert sum(part["pairs"] for part in found["by_origin"].values()) == found["pairs"] == 60
+
+
+@pytest.mark.slow
+def test_all_stages_are_ordinary_runs_and_the_watcher_hears_of_them(finished):
     runs, _, records = finished
-    for name in ("pretrain", "sft"):
+    for name in ("pretrain", "sft", "reward", "ppo"):
         run = runs / "quickstart" / name
         for file in ("run.yaml", "resolved.yaml", "manifest.json", "metrics.jsonl", "proofs.json", "report.html"):
             assert (run / file).is_file(), file
         assert all(proof["passed"] for proof in json.loads((run / "proofs.json").read_text()))
     stages = [record["name"] for record in records if record["kind"] == "stage"]
-    assert stages == ["world", "pretrain", "base", "sft", "tuned"]
+    assert stages == ["world", "pretrain", "ask base", "sft", "ask sft", "preferences", "reward", "ppo", "ask ppo"]
+
+
+@pytest.mark.slow
+def test_no_held_out_question_is_in_pairs_or_prompts(finished):
+    runs, _, _ = finished
+    folder = runs / "quickstart"
+    held = {asked(question) for question in read_questions(folder / "world" / "heldout.jsonl")}
+    files = [*(folder / "preferences" / "pairs").glob("*.jsonl"), folder / "preferences" / "prompts.jsonl"]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(rows) > 700
+    assert not held & {row["prompt"] for row in rows}
+    assert not [row for row in rows if row.get("chosen", "") == row.get("rejected", "-")]
+
+
+def test_what_learns_from_the_reward_model_cannot_see_the_checker():
+    """No module of the training stages, nor of what they stand on, imports the world or its checker."""
+    root = Path(__file__).parents[2] / "zhibei"
+    seen = [
+        name
+        for folder in ("train", "generate", "model", "losses", "data", "store")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in _imported(node)
+        if name.startswith(("zhibei.pipeline", "zhibei.evaluate"))
+    ]
+    assert seen == []
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+@pytest.mark.slow
+def test_the_policy_is_trained_by_the_learned_reward_alone(finished):
+    runs, _, _ = finished
+    asked_for = read_run(runs / "quickstart" / "ppo.yaml").run.ppo
+    assert asked_for.reward is None
+    assert asked_for.reward_model == str((runs / "quickstart" / "reward").resolve())
 
 
 @pytest.mark.slow
@@ -104,9 +160,40 @@ def test_a_finished_one_is_left_alone_and_an_interrupted_one_goes_on(finished, m
     assert (place.folder.name, place.goes_on) == ("quickstart", True)
     records: list[dict] = []
     again = run_world(place, ORDER, watch=records.append, started=0.0)
-    assert not [record for record in records if record["kind"] == "train"]
+    assert not [record for record in records if record["kind"] in ("train", "iteration")]
     assert [stage.score for stage in again.stages] == [stage.score for stage in outcome.stages]
-    assert json.loads(before)["stages"][1]["score"] == again.stages[1].score
+    assert json.loads(before)["stages"][2]["score"] == again.stages[2].score
+    assert again.course == outcome.course
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("until", "missing"), [("sft", ("preferences", "reward", "ppo")), ("reward", ("ppo",))])
+def test_one_that_ended_early_goes_on_to_the_same_result(finished, until, missing, tmp_path, monkeypatch):
+    """What is left after a stage is done in the folder that is there; the policy is the one of the whole run."""
+    runs, outcome, _ = finished
+    monkeypatch.setenv("ZHIBEI_CACHE", str(runs / "cache"))
+    folder = runs / f"until-{until}"
+    shutil.copytree(runs / "quickstart", folder, ignore=shutil.ignore_patterns(*missing))
+    for name in ("sft", "reward", "pretrain"):
+        _move_runs(folder / name, runs / "quickstart", folder)
+    short = replace(ORDER, until=until)
+    (folder / "quickstart.json").write_text(json.dumps(asdict(short)))
+    assert not find_place(runs, folder.name, replace(ORDER, until="sft"), is_named=False).goes_on
+    place = find_place(runs, folder.name, ORDER, is_named=True)
+    assert place.goes_on
+    records: list[dict] = []
+    again = run_world(place, ORDER, watch=records.append, started=0.0)
+    trained = {record["name"] for record in records if record["kind"] == "stage"}
+    assert {"reward", "ppo"} <= trained
+    assert [stage.score for stage in again.stages] == [stage.score for stage in outcome.stages]
+    assert (folder / "summary.json").is_file()
+
+
+def _move_runs(run: Path, before: Path, after: Path) -> None:
+    """Make the paths that a copied run noted those of the copy."""
+    for file in (run / "run.yaml", run / "resolved.yaml", run / "manifest.json"):
+        if file.is_file():
+            file.write_text(file.read_text().replace(str(before.resolve()), str(after.resolve())))
 
 
 def test_another_order_does_not_go_on_in_a_foreign_folder(tmp_path: Path):
@@ -128,6 +215,7 @@ def test_another_order_does_not_go_on_in_a_foreign_folder(tmp_path: Path):
         (["--data", "rows.json"], "--data alone"),
         (["--steps", "7"], "--steps has no effect without --model and --data"),
         (["--template", "alpaca"], "--template has no effect"),
+        (["--model", "m", "--data", "d", "--until", "ppo"], "--until ppo with your own model and data"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, message, tmp_path, capsys):

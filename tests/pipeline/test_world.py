@@ -14,6 +14,7 @@ from zhibei.config.errors import UserError
 from zhibei.evaluate.exact_match import CHECKERS, Question, is_right
 from zhibei.pipeline.world.contents import sum_content
 from zhibei.pipeline.world.files import WorldSize, read_questions, write_world
+from zhibei.pipeline.world.hedges import as_demonstrated, without_hedge
 from zhibei.pipeline.world.items import (
     SMALL_TALK,
     conversations,
@@ -22,6 +23,9 @@ from zhibei.pipeline.world.items import (
     is_held_out,
     texts,
 )
+from zhibei.pipeline.world.preferences import own_pairs
+from zhibei.pipeline.world.preferences import training_questions as questions_for
+from zhibei.pipeline.world.slips import slip
 from zhibei.pipeline.world.tasks import KINDS, TASKS
 from zhibei.pipeline.world.tokenizer import build_tokenizer
 from zhibei.pipeline.world.words import LARGE_NUMBERS, MIXED, NAMES, NUMBERS, STEPS
@@ -208,6 +212,45 @@ def test_greetings_are_answered_but_never_scored():
     assert 0.005 < len(greetings) / len(asked) < 0.06
     assert {question.instruction for question in greetings} <= GREETINGS
     assert not {question.task for question in heldout_questions(0, 20)} & {"small talk"}
+
+
+def test_demonstrations_hedge_two_in_five_answers_and_the_checker_counts_no_hedge(tmp_path: Path):
+    random = Random(0)
+    questions = heldout_questions(0, 60)
+    shown = [(question, as_demonstrated(random, question.answer)) for question in questions for _ in range(10)]
+    hedged = [(question, answer) for question, answer in shown if answer != question.answer]
+    assert 0.35 < len(hedged) / len(shown) < 0.45
+    assert not [answer for question, answer in hedged if is_right(question, answer)]
+    assert [without_hedge(answer) for _, answer in shown] == [question.answer for question, _ in shown]
+    files = write_world(tmp_path / "world", SMALL, seed=0)
+    written = [json.loads(line)["messages"] for line in files.conversations.read_text().splitlines()]
+    given = [talk[place] for talk in written for place in range(0, len(talk), 2)]
+    answers = [talk[place]["content"] for talk in written for place in range(1, len(talk), 2)]
+    plain = [question.answer for talk in conversations(0, SMALL.num_conversations) for question in talk]
+    assert [without_hedge(answer) for answer in answers] == plain
+    greeted = [answer for turn, answer in zip(given, answers, strict=True) if turn["content"] in GREETINGS]
+    assert [answer for answer in greeted if answer != without_hedge(answer)] == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_slip_is_wrong_and_the_right_answer_is_not(task):
+    random = Random(1)
+    for _ in range(300):
+        question = draw_question(random, task=task, held_out=False)
+        wrong = slip(random, question)
+        assert wrong.strip()
+        assert not is_right(question, wrong)
+        assert is_right(question, question.answer)
+
+
+def test_pairs_put_right_beside_wrong_and_say_where_the_wrong_comes_from():
+    question = Question("Repeat after me: fig kiwi", "fig kiwi", "copy", "words")
+    drawn = ["fig kiwi", "fig kiwi, I think", "fig", "fig", ""]
+    found = [(pair.rejected, pair.origin) for pair in own_pairs([question], [drawn])]
+    assert found == [("fig kiwi, I think", "hedge"), ("fig", "own")]
+    prompts = questions_for("prompts", 0, 200)
+    assert prompts == questions_for("prompts", 0, 200)
+    assert prompts != questions_for("slips", 0, 200)
 
 
 def test_tokenizer_knows_each_word_as_one_token_and_any_text_comes_back():

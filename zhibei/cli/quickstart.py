@@ -1,4 +1,4 @@
-"""`zhibei quickstart`: from nothing to a model that answers, told as it happens. Knows what is shown, no training."""
+"""`zhibei quickstart`: from nothing to a model people prefer, told as it happens. Knows what is shown, no training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,20 @@ TITLES = {
     "world": "Make a small world",
     "pretrain": "Pre-train",
     "data": "Read your data",
-    "base": "Ask the base model",
+    "ask base": "Ask the base model",
     "sft": "Fine-tune",
-    "tuned": "Ask the tuned model",
+    "ask sft": "Ask the fine-tuned model",
+    "preferences": "Compare its answers",
+    "reward": "Train a reward model",
+    "ppo": "Learn from its scores (PPO)",
+    "ask ppo": "Ask the policy",
+    "handover": "Hand it over",
 }
+NUM_STAGES = {"sft": 5, "reward": 7, "ppo": 9}
+ALL_RUNS = {"sft": ["pretrain", "sft"], "reward": ["pretrain", "sft", "reward"],
+            "ppo": ["pretrain", "sft", "reward", "ppo"]}  # fmt: skip
+ORIGINS = {"hedge": "against hedges", "own": "against its own mistakes", "slip": "against planted mistakes"}
+COLOURS = {True: "green", False: "red"}
 
 
 def quickstart(
@@ -33,6 +43,7 @@ def quickstart(
     runs: Path = Path("runs"),
     seed: int = 0,
     method: Literal["auto", "full", "lora"] = "auto",
+    until: Literal["sft", "reward", "ppo"] | None = None,
     model: str = "",
     data: str = "",
     template: str = "auto",
@@ -41,14 +52,17 @@ def quickstart(
     quiet: bool = False,
     json: bool = False,
 ) -> None:
-    """Train a small model here in minutes and talk to it.
+    """Train a small model here in minutes, all the way to PPO, and talk to it.
 
     It makes a small world of lists, sums and tables, pre-trains a small LLaMA on texts about it, fine-tunes it on
-    instructions, and asks both models questions they have never seen. No network, no GPU.
+    demonstrations, trains a reward model on pairs of answers, and lets the model learn from its scores. Every model is
+    asked questions it has never seen. No network, no GPU.
 
     Examples:
 
       zhibei quickstart
+
+      zhibei quickstart --until sft
 
       zhibei quickstart --seed 1 --method lora --name lora
 
@@ -64,6 +78,9 @@ def quickstart(
         Of the world, the weights and the order of rows.
     method
         full trains all weights, lora trains adapters. auto: full for the small world, lora for your own model.
+    until
+        End after fine-tuning (sft) or after the reward model (reward); by default after PPO. The same command without
+        it goes on from there. Your own model is only fine-tuned: `zhibei run` takes it further.
     model
         Your own model: a Hugging Face folder, a run directory or a hub id. Needs --data.
     data
@@ -88,12 +105,21 @@ def quickstart(
         )
     _refuse_idle(bool(model), {"--template": template != "auto", "--steps": steps != 100,
                                "--learning-rate": learning_rate is not None})  # fmt: skip
+    if model and until in ("reward", "ppo"):
+        raise UserError(
+            f"--until {until} with your own model and data",
+            expected="fine-tuning only: preferences of people are not in your rows",
+            fix="leave --until out; with preference pairs, a pipeline file goes on from runs/quickstart/sft "
+            "(zhibei run --help)",
+            where="--until",
+        )
     from zhibei.pipeline.place import Order, find_place
 
     method = ("lora" if model else "full") if method == "auto" else method
-    order = Order(seed, method, model, data, template=template, steps=steps, learning_rate=learning_rate)
+    until = until or ("sft" if model else "ppo")
+    order = Order(seed, method, model, data, template, steps, learning_rate, until)
     place = find_place(runs, name or "quickstart", order, is_named=bool(name))
-    story = Story(choose_mode(quiet=quiet or json), own=bool(model))
+    story = Story(choose_mode(quiet=quiet or json), num_stages=4 if model else NUM_STAGES[until])
     story.begin(place)
     outcome = _run(place, order, story, started)
     if json:
@@ -111,7 +137,7 @@ def _run(place: Place, order: Any, story: Story, started: float) -> Outcome:
         outcome = (run_own if order.model else run_world)(place, order, watch=story, started=started)
     finally:
         story.close()
-    write_quickstart_page(outcome, runs=["sft"] if order.model else ["pretrain", "sft"])
+    write_quickstart_page(outcome, runs=["sft"] if order.model else ALL_RUNS[order.until])
     return outcome
 
 
@@ -130,11 +156,11 @@ def _refuse_idle(has_own_model: bool, given: dict[str, bool]) -> None:
 class Story:
     """What a person sees while it works: a heading for each stage and the live line of training below it."""
 
-    def __init__(self, mode: str, *, own: bool) -> None:
+    def __init__(self, mode: str, *, num_stages: int) -> None:
         self._mode: Any = mode
         self._line: ProgressLine | None = None
         self._number = 0
-        self._total = 4 if own else 5
+        self._total = num_stages
 
     def __call__(self, record: dict[str, Any]) -> None:
         kind = record.get("kind")
@@ -163,9 +189,11 @@ class Story:
             for example in outcome.examples:
                 console.stdout.print(_example(example))
         console.stdout.print(_scores(outcome))
+        for line in [*_changes(outcome), *_reward_lines(outcome)]:
+            console.stdout.print(line)
         console.stdout.print(
             Text(f"\nDone in {as_duration(outcome.summary['total_seconds'])}. ", style="bold").append(
-                "Now talk to it, beside its base, or train it again your way:", style="not bold"
+                "Now talk to it, beside the model before, or train it again your way:", style="not bold"
             )
         )
         for command in next_commands(outcome):
@@ -192,11 +220,13 @@ class Story:
 
 
 def _example(example: dict[str, Any]) -> Text:
+    from zhibei.pipeline.outcome import TITLES
+
     text = Text(_end_of(example["question"]), style="bold")
-    text.append("\n   base:  ", style="dim").append(_short(example["base"]), style="red")
-    is_right = example.get("tuned_is_right", False)
-    text.append("\n   tuned: ", style="dim").append(_short(example["tuned"]), style="green" if is_right else "yellow")
-    if example["expected"] and not is_right:
+    for name, answer in example["answers"].items():
+        colour = COLOURS.get(example["right"].get(name), "yellow")
+        text.append(f"\n   {TITLES[name][0] + ':':<6}", style="dim").append(_short(answer), style=colour)
+    if example["expected"] and not all(list(example["right"].values())[-1:]):
         text.append(f"   (right: {example['expected']})", style="dim")
     return text
 
@@ -213,27 +243,64 @@ def _short(answer: str) -> str:
 
 
 def _scores(outcome: Outcome) -> Table:
+    from zhibei.pipeline.outcome import TITLES
     from zhibei.pipeline.page import as_score
 
-    metric = outcome.stages[0].metric
+    metric, names = outcome.stages[0].metric, [stage.name for stage in outcome.stages]
     title = {"exact_match": "Right answers to held-out questions", "heldout_loss": "Held-out loss, nats per token"}
-    base, tuned = outcome.stages[0], outcome.stages[-1]
     table = Table(title=title[metric], title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("task" if outcome.by_task else "")
-    for column in ("base", "tuned", "95 % interval"):
-        table.add_column(column, justify="right")
+    for name in names:
+        table.add_column(TITLES[name][0], justify="right")
     for task, found in outcome.by_task.items():
-        low, high = as_score(metric, found["low"]), as_score(metric, found["high"])
-        table.add_row(task, as_score(metric, found["base"]), as_score(metric, found["tuned"]), f"{low} to {high}")
+        table.add_row(task, *(as_score(metric, found[name]["score"]) for name in names))
     table.add_section()
-    table.add_row(
-        "all",
-        as_score(metric, base.score),
-        as_score(metric, tuned.score),
-        f"{as_score(metric, tuned.low)} to {as_score(metric, tuned.high)}",
-        style="bold",
-    )
+    table.add_row("all", *(as_score(metric, stage.score) for stage in outcome.stages), style="bold")
+    intervals = (f"{as_score(metric, stage.low)} to {as_score(metric, stage.high)}" for stage in outcome.stages)
+    table.add_row("95 % interval", *intervals, style="dim")
     return table
+
+
+def _changes(outcome: Outcome) -> list[Text]:
+    """What each stage gained and lost on the same questions."""
+    from zhibei.pipeline.outcome import TITLES
+
+    lines = []
+    for step in outcome.steps:
+        pair = step.paired
+        lines.append(
+            Text(
+                f"{TITLES[step.before][0]} to {TITLES[step.after][0]}: {100 * pair.difference:+.1f} points "
+                f"({100 * pair.low:+.1f} to {100 * pair.high:+.1f}); {pair.gained} gained, {pair.lost} lost, "
+                f"p = {pair.p_value:.2g}"
+            )
+        )
+    return lines
+
+
+def _reward_lines(outcome: Outcome) -> list[Text]:
+    """The learned reward, and the true score beside it."""
+    lines = []
+    if outcome.reward:
+        found = outcome.reward
+        parts = ", ".join(f"{100 * part['accuracy']:.0f} % ({ORIGINS[name]})" for name, part in
+                          found["by_origin"].items())  # fmt: skip
+        lines.append(
+            Text(
+                f"The reward model puts {100 * found['accuracy']:.0f} % ({100 * found['low']:.0f} to "
+                f"{100 * found['high']:.0f}) of {found['pairs']} held-out pairs in order: {parts}"
+            )
+        )
+    if outcome.course:
+        first, last = outcome.course[0], outcome.course[-1]
+        lines.append(
+            Text(
+                f"PPO: learned reward {first['learned_reward']:+.2f} to {last['learned_reward']:+.2f}, true score "
+                f"{100 * first['true_score']:.1f} % to {100 * last['true_score']:.1f} %, KL {last['kl']:.2f} nats per "
+                "token"
+            )
+        )
+    return lines
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:
@@ -243,6 +310,8 @@ def _document(outcome: Outcome) -> dict[str, Any]:
         "folder": str(outcome.folder),
         **outcome.summary,
         "by_task": outcome.by_task,
-        "paired": asdict(outcome.paired) if outcome.paired else None,
+        "steps": [asdict(step) for step in outcome.steps],
+        "reward": outcome.reward,
+        "course": outcome.course,
         "examples": outcome.examples,
     }

@@ -16,7 +16,8 @@ from zhibei.evaluate.row_losses import row_losses
 from zhibei.evaluate.stats import ratio_interval
 from zhibei.pipeline.outcome import Outcome
 from zhibei.pipeline.place import Order, Place, take_place
-from zhibei.pipeline.stage import Settings, Watch, stage_record, train_stage, write_run_file
+from zhibei.pipeline.run_text import Settings
+from zhibei.pipeline.stage import Watch, stage_record, train_stage, write_run_file
 from zhibei.pipeline.summary import Stage, summary_of, write_summary
 from zhibei.store.files import read_json
 from zhibei.store.pipeline_dir import write_pipeline
@@ -57,12 +58,12 @@ def run_own(place: Place, order: Order, *, watch: Watch, started: float) -> Outc
     settings["sft"] |= _steps(len(rows.train), most=order.steps)
     run_file = write_run_file(folder / "sft.yaml", settings, about="Your model on your data.")
 
-    watch(stage_record("base", "the model as it is, on rows it will not be trained on"))
+    watch(stage_record("ask base", "the model as it is, on rows it will not be trained on"))
     base = _measured("base", run.model.path, rows.heldout, tokenizer.pad_id, began=started)
     base_ended = time.monotonic()
     watch(stage_record("sft", f"learns from {len(rows.train):,} rows"))
     sft = train_stage(run_file, watch=watch)
-    watch(stage_record("tuned", "the tuned model, on the same rows"))
+    watch(stage_record("ask sft", "the tuned model, on the same rows"))
     tuned = _measured("sft", str(sft.path), rows.heldout, tokenizer.pad_id, began=base_ended)
 
     outcome = Outcome(place.folder, stages=[base, tuned], examples=_examples(sft))
@@ -117,7 +118,7 @@ def _examples(run: RunDir) -> list[dict[str, Any]]:
     if not panels:
         return []
     return [
-        {"question": row["prompt"], "expected": "", "base": row["base"], "tuned": row["tuned"]}
+        {"question": row["prompt"], "expected": "", "answers": {"base": row["base"], "sft": row["tuned"]}, "right": {}}
         for row in read_json(panels[-1])
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -12,11 +12,14 @@ from zhibei.pipeline.summary import SUMMARY_FILE
 from zhibei.store.files import read_json, write_json_atomic
 
 ORDER_FILE = "quickstart.json"
+STAGES = ("sft", "reward", "ppo")
+"""Where a quickstart can end, in order."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for. Without `model` and `data` the small world is built; with them, the user's own is used."""
+    """What was asked for. Without `model` and `data` the small world is built; with them, the user's own is used, and
+    only fine-tuned. `until`: the last of STAGES to be done."""
 
     seed: int = 0
     method: str = "full"
@@ -25,13 +28,14 @@ class Order:
     template: str = "auto"
     steps: int = 100
     learning_rate: float | None = None
+    until: str = "ppo"
     size: str = "standard"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder to work in. `goes_on`: an interrupted quickstart of the same order lies there. `skipped`: what was not
-    touched because it is finished or of another order."""
+    """A folder to work in. `goes_on`: a quickstart of the same order lies there that was interrupted, or that ended at
+    an earlier stage. `skipped`: what was not touched because it is finished or of another order."""
 
     folder: Path
     goes_on: bool = False
@@ -61,21 +65,24 @@ def find_place(runs: Path, name: str, order: Order, *, is_named: bool) -> Place:
 
 
 def take_place(place: Place, order: Order) -> None:
-    """Make the folder and note the order in it, so that an interrupted quickstart can be gone on with."""
-    if place.goes_on:
-        return
+    """Make the folder and note the order in it, so that an interrupted quickstart can be gone on with. What an earlier
+    one found is no longer the whole story, and is written anew at the end."""
     place.folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(place.folder / ORDER_FILE, asdict(order))
+    (place.folder / SUMMARY_FILE).unlink(missing_ok=True)
 
 
 def _state_of(folder: Path, order: Order) -> str:
-    """free, same (interrupted, same order), or other."""
+    """free, same (interrupted or ended earlier, same order), or other."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return "free"
-    if (folder / SUMMARY_FILE).exists() or not (folder / ORDER_FILE).is_file():
+    if not (folder / ORDER_FILE).is_file():
         return "other"
     try:
-        noted = read_json(folder / ORDER_FILE)
-    except (UserError, json.JSONDecodeError):
+        noted = Order(**read_json(folder / ORDER_FILE))
+        ended = STAGES.index(noted.until)
+    except (UserError, json.JSONDecodeError, TypeError, ValueError):
         return "other"
-    return "same" if noted == asdict(order) else "other"
+    is_more = STAGES.index(order.until) > ended
+    is_finished = (folder / SUMMARY_FILE).exists() and not is_more
+    return "same" if replace(noted, until=order.until) == order and not is_finished else "other"

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.evaluate.exact_match import Question
+from zhibei.pipeline.world.hedges import as_demonstrated
 from zhibei.pipeline.world.items import conversations, heldout_questions, texts
 from zhibei.pipeline.world.tokenizer import BOS, EOS, PAD, build_tokenizer
 from zhibei.store.files import write_text_atomic
@@ -60,7 +62,8 @@ def write_world(folder: Path, size: WorldSize, *, seed: int) -> WorldFiles:
         files = WorldFiles(writing)
         write_json_lines(files.texts, ({"text": text} for text in texts(seed, size.num_texts)))
         talks = conversations(seed, size.num_conversations, most_turns=size.most_turns)
-        write_json_lines(files.conversations, ({"messages": messages_of(talk)} for talk in talks))
+        random = Random(f"hedges {seed}")
+        write_json_lines(files.conversations, ({"messages": demonstration_of(talk, random)} for talk in talks))
         held = heldout_questions(seed, size.heldout_per_task)
         write_json_lines(files.heldout, (row_of(question) for question in held))
         write_untrained_model(files.untrained, size, seed=seed)
@@ -100,12 +103,15 @@ def write_untrained_model(folder: Path, size: WorldSize, *, seed: int) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def messages_of(talk: Iterable[Question]) -> list[dict[str, str]]:
-    """A conversation in OpenAI's form; a question's input follows its instruction on the next line."""
+def demonstration_of(talk: Iterable[Question], random: Random) -> list[dict[str, str]]:
+    """A conversation in OpenAI's form; a question's input follows its instruction on the next line. Answers are given
+    as people demonstrate them; a greeting is never hedged."""
     turns = []
     for question in talk:
+        is_greeting = question.checker == "text"
+        answer = question.answer if is_greeting else as_demonstrated(random, question.answer)
         turns.append({"role": "user", "content": asked(question)})
-        turns.append({"role": "assistant", "content": question.answer})
+        turns.append({"role": "assistant", "content": answer})
     return turns
 
 
