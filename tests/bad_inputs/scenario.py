@@ -27,11 +27,8 @@ GROUPS = {
     "s": "resume",
     "p": "machine",
 }
-# What is truly said of a run on a 4-bit base: this version does not train it, and its package may be absent.
-OF_A_QUANTISED_BASE = (
-    *([] if importlib.util.find_spec("bitsandbytes") else ["bnb-cuda-binary-not-found"]),
-    "quantised-base-not-trained-here",
-)
+# What is truly said of a run on a base in few bits where its package is absent.
+OF_A_QUANTISED_BASE = tuple([] if importlib.util.find_spec("bitsandbytes") else ["bnb-cuda-binary-not-found"])
 OUR_FAULT = re.compile(r"This is our fault|Traceback \(most recent call last\)")
 DEFECT = re.compile(r"zhibei's own fault[^\n]*")
 REMEDY_LABEL = re.compile(r"to do:\s+\S")

@@ -38,8 +38,9 @@ def named(name: str, **facts: Any) -> Facts:
     return adapted(config={"base_model_name_or_path": name}, **facts)
 
 
-def full_from_adapter(method: str) -> Facts:
-    return healthy(adapter=AdapterFacts(Path("/runs/other/model"), manifest={**SAME, "method": method}))
+def full_from_adapter(method: str, *, quantize: str = "none") -> Facts:
+    manifest = {**SAME, "method": method, "settings": {"model": {"quantize": quantize}}}
+    return healthy(adapter=AdapterFacts(Path("/runs/other/model"), manifest=manifest))
 
 
 CONTINUED = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
@@ -106,7 +107,7 @@ CANARIES: Canaries = {
         [healthy("model.method=lora"), broken(healthy("model.method=lora"), "model.quant_method", "bitsandbytes")],
     ),
     "merge-wrong-precision-base-qlora": (
-        [full_from_adapter("qlora")],
+        [full_from_adapter("qlora"), full_from_adapter("lora", quantize="int8")],
         [full_from_adapter("lora"), adapted(manifest={**SAME, "method": "qlora"}), healthy()],
     ),
 }

@@ -280,11 +280,13 @@ def merge_wrong_precision_base_qlora(facts: Facts) -> Iterable[Finding]:
     adapter = facts.adapter
     if adapter is None or facts.resolved is None or facts.run.model.method != "full":
         return
-    method = str((adapter.manifest or {}).get("method") or "")
-    if method == "qlora":
+    manifest = adapter.manifest or {}
+    kind = ((manifest.get("settings") or {}).get("model") or {}).get("quantize", "none")
+    if manifest.get("method") == "qlora" or kind != "none":
+        bits = "" if kind == "none" else f" ({kind})"
         yield Finding(
-            what=f"model.path: {adapter.path} was trained with method {method}, and full training merges it into the "
-            "unquantised base",
+            what=f"model.path: {adapter.path} was trained on a base in few bits{bits}, and full training merges it "
+            "into the unquantised base",
             where=facts.origin("model.path"),
             to_do="compare the held-out loss at step 0 with that of the adapter's run; else continue with lora.adapter",
             level="warning",
