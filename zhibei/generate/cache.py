@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 
-# Growing copies the whole cache; beginning with fewer columns than this would save nothing worth it.
-_FEWEST_COLUMNS = 64
-
 
 class SlotCache:
     """`slots` rows of at most `columns` positions. Grows by doubling up to that, and never beyond.
@@ -21,21 +18,23 @@ class SlotCache:
     present answer has written.
     """
 
-    def __init__(self, slots: int, columns: int) -> None:
-        self.slots, self.most_columns = slots, columns
+    def __init__(self, slots: int, columns: int, *, at_first: int = 64) -> None:
+        self.slots, self.most_columns, self._at_first = slots, columns, at_first
         self.columns = 0
+        self.moves = 0
+        """How often its tensors came to lie elsewhere."""
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
-    def reserve(self, columns: int) -> bool:
-        """Make room for so many columns; returns whether tensors moved."""
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns."""
         if columns <= self.columns:
-            return False
-        wanted = min(self.most_columns, max(columns, 2 * self.columns, _FEWEST_COLUMNS))
+            return
+        wanted = min(self.most_columns, max(columns, 2 * self.columns, self._at_first))
         self.keys = [_widened(tensor, wanted) for tensor in self.keys]
         self.values = [_widened(tensor, wanted) for tensor in self.values]
         self.columns = wanted
-        return bool(self.keys)
+        self.moves += 1
 
     def write_prompts(self, slots: Sequence[int], layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Put keys and values [B, K, T, D] of whole prompts, layer by layer, into these slots, from column 0 on."""

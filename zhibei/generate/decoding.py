@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 
 from zhibei.generate import fast
 from zhibei.generate.cache import SlotCache, StepView
+from zhibei.generate.captured import CapturedStep
 from zhibei.generate.families import mask_kinds, takes_mask_by_layer
 from zhibei.model.answering import plain_model
 from zhibei.model.language_model import head_shape
+
+# Growing a cache copies it and, on a GPU, makes captured steps useless; on a CPU unused columns cost time as well.
+COLUMNS_AT_FIRST = {"cpu": 64, "cuda": 4096}
 
 
 class Road(Protocol):
@@ -34,6 +39,10 @@ class Road(Protocol):
 
     def move(self, source: int, target: int, *, num_tokens: int) -> None:
         """The answer in one slot goes on in another."""
+        ...
+
+    def refresh(self, model: Any) -> bool:
+        """Look at the model again, whose adapters may be others now; False when another road must be found."""
         ...
 
 
@@ -70,6 +79,10 @@ class AloneRoad:
     def move(self, source: int, target: int, *, num_tokens: int) -> None:
         del num_tokens
         self._caches[target], self._caches[source] = self._caches[source], None
+
+    def refresh(self, model: Any) -> bool:
+        self._model = model
+        return True
 
     def _read(self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, slot: int) -> torch.Tensor:
         positions = {"position_ids": positions_1T} if self._takes_positions else {}
@@ -123,6 +136,9 @@ class SlotRoad:
     def move(self, source: int, target: int, *, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens=num_tokens)
 
+    def refresh(self, model: Any) -> bool:
+        return plain_model(model) is self._inner
+
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, as the model itself gives them."""
         logits_BV = self._head(hidden_BD).float() * self._shape.scale
@@ -151,34 +167,75 @@ class SlotRoad:
 
 
 class FastRoad:
-    """Our own step over the slots (generate/fast.py); prompts are read as on the road of slots."""
+    """Our own step over the slots (generate/fast.py); prompts are read as on the road of slots.
+
+    On a GPU, layers that read one input share their storage (model/joined.py), kernels of our own do what they can, and
+    the whole step is one CUDA graph.
+    """
 
     name = "fast"
 
-    def __init__(self, slots: SlotRoad, cache: SlotCache, model: fast.Model) -> None:
-        self._slots, self._cache, self._model = slots, cache, model
+    def __init__(self, slots: SlotRoad, cache: SlotCache, model: fast.Model, pieces: fast.Pieces, device: Any) -> None:
+        self._slots, self._cache, self._model, self._pieces = slots, cache, model, pieces
+        self._captured = CapturedStep(self._whole, slots=cache.slots, device=device) if device.type == "cuda" else None
+        self._moves = cache.moves
 
     def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
         return self._slots.prefill(prompts, slots)
 
     def step(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, *, columns: int) -> torch.Tensor:
         self._cache.reserve(columns)
-        hidden_BD = fast.forward(self._model, fast.PLAIN, self._cache.layers(), tokens_B, positions_B, columns)
-        return self._slots.logits(hidden_BD)
+        if self._captured is None:
+            return self._compute(tokens_B, positions_B, columns)
+        if self._moves != self._cache.moves:
+            self._captured.forget()
+            self._moves = self._cache.moves
+        return self._captured(tokens_B, positions_B)
 
     def move(self, source: int, target: int, *, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens=num_tokens)
 
+    def refresh(self, model: Any) -> bool:
+        read = fast.read_model(model, joins=self._captured is not None)
+        if read is None:
+            return False
+        if self._captured is not None and fast.places(read) != fast.places(self._model):
+            self._captured.forget()
+        self._model = read
+        return True
+
+    def _whole(self, tokens_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+        return self._compute(tokens_B, positions_B, self._cache.columns)
+
+    def _compute(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, columns: int) -> torch.Tensor:
+        layers = self._cache.layers()
+        return self._slots.logits(fast.forward(self._model, self._pieces, layers, tokens_B, positions_B, columns))
+
 
 def road_of(model: Any, *, slots: int, columns: int, pad_id: int) -> Road:
     """The fastest road that this model can take. The model must be set up to answer (`model.answering`)."""
-    kinds = mask_kinds(plain_model(model).config)
+    inner = plain_model(model)
+    kinds = mask_kinds(inner.config)
     if kinds is None:
         return AloneRoad(model, slots)
-    cache = SlotCache(slots, columns)
+    weight = inner.get_input_embeddings().weight
+    is_cuda = weight.device.type == "cuda"
+    cache = SlotCache(slots, columns, at_first=COLUMNS_AT_FIRST.get(weight.device.type, 64))
     slot_road = SlotRoad(model, cache, kinds, pad_id=pad_id)
-    read = fast.read_model(model, joins=False)
-    return slot_road if read is None else FastRoad(slot_road, cache, read)
+    read = fast.read_model(model, joins=is_cuda)
+    if read is None:
+        return slot_road
+    return FastRoad(slot_road, cache, read, _pieces_for(read, weight), weight.device)
+
+
+def _pieces_for(model: fast.Model, weight: torch.Tensor) -> fast.Pieces:
+    """Our kernels where they run: Triton, 16 bits, heads as wide as a block can be."""
+    fits = weight.dtype in (torch.bfloat16, torch.float16) and model.head_width in (32, 64, 128, 256)
+    if weight.device.type != "cuda" or not fits or find_spec("triton") is None:
+        return fast.PLAIN
+    from zhibei.generate.kernels import KERNELS
+
+    return KERNELS
 
 
 def context_tokens(model: Any) -> int | None:

@@ -182,12 +182,13 @@ class Engine:
         return pieces
 
     def _begin(self) -> None:
-        if not self._is_working and (self._waiting or self._active):
-            self._working.enter_context(answering(self._model))
-            self._is_working = True
-        if self._is_working and self._road is None:
-            columns = self._room if self._room < 2**31 else 2**20
-            self._road = road_of(self._model, slots=self._slots, columns=columns, pad_id=self._pad_id)
+        """Set the model up to answer, and look at it again: adapters may have been switched since the last time."""
+        if self._is_working or not self._waiting:
+            return
+        self._working.enter_context(answering(self._model))
+        self._is_working = True
+        if self._road is None or not self._road.refresh(self._model):
+            self._road = road_of(self._model, slots=self._slots, columns=self._room, pad_id=self._pad_id)
 
     def _rest(self) -> None:
         """Give the model back when there is nothing to do."""

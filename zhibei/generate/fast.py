@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from zhibei.model.answering import plain_model
-from zhibei.model.joined import Joined, join, joined_product, part_of
+from zhibei.model.joined import Joined, Part, join, joined_product, part_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 Cache = tuple[torch.Tensor, torch.Tensor]
@@ -107,6 +107,23 @@ def read_model(hf: Any, *, joins: bool) -> Model | None:
     )
 
 
+def places(model: Model) -> tuple[Any, ...]:
+    """Where everything lies that a step reads: equal for two readings between which nothing has moved."""
+    found: list[Any] = [model.norm.data_ptr()]
+    for layer in model.layers:
+        found += [layer.norm_in.data_ptr(), layer.norm_mlp.data_ptr()]
+        for joined in (layer.query_key_value, layer.output, layer.gate_up, layer.down):
+            found += [joined.factor, *(_lies(part) for part in joined.parts if joined.matrix is None)]
+            tensors = [joined.matrix, joined.scales, joined.bias, joined.down, joined.up]
+            found += [None if one is None else one.data_ptr() for one in tensors]
+    return tuple(found)
+
+
+def _lies(part: Part) -> tuple[Any, ...]:
+    adapter = part.adapter
+    return (id(part.layer), *((adapter.down.data_ptr(), adapter.up.data_ptr(), adapter.factor) if adapter else ()))
+
+
 def _layer(module: Any, config: Any, index: int, *, joins: bool) -> Layer | None:
     attention, mlp = module.self_attn, module.mlp
     groups = (
@@ -116,17 +133,21 @@ def _layer(module: Any, config: Any, index: int, *, joins: bool) -> Layer | None
         [mlp.down_proj],
     )
     joined = [join(group) if joins else _apart(group) for group in groups]
-    found = [one for one in joined if one is not None]
-    if len(found) < len(joined):
+    query_key_value, output, gate_up, down = joined
+    if query_key_value is None or output is None or gate_up is None or down is None:
         return None
     kinds = getattr(config, "layer_types", None)
     slides = kinds[index] == "sliding_attention" if kinds else True
     norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
     return Layer(
-        module.input_layernorm.weight,
-        module.post_attention_layernorm.weight,
-        *norms,
-        *found,
+        norm_in=module.input_layernorm.weight,
+        norm_mlp=module.post_attention_layernorm.weight,
+        norm_query=norms[0],
+        norm_key=norms[1],
+        query_key_value=query_key_value,
+        output=output,
+        gate_up=gate_up,
+        down=down,
         window=getattr(config, "sliding_window", None) if slides else None,
     )
 

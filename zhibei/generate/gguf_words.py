@@ -6,11 +6,14 @@ which also knows the strings at which an answer ends. Files of other people spea
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from zhibei.config.errors import UserError
+from zhibei.data.encode import with_system
 from zhibei.generate.llama_cpp import GgufModel
 from zhibei.text.families import ALIASES, TEMPLATES
 from zhibei.text.jinja import JinjaTemplate, require_syntax
@@ -67,15 +70,46 @@ class GgufTokenizer:
         return [self.model.text_of(token) for token in tokens]
 
 
-def template_of(model: GgufModel, *, asked: str | None = None) -> Template:
+SYSTEM_HEAD = re.compile(
+    r"\A\{%- if messages\[0\]\['role'\] != 'system' -%\}\{%- set messages = \[\{'role': 'system', 'content': "
+    r"(\".*?\")\}\] \+ messages -%\}\{%- endif -%\}",
+    re.DOTALL,
+)
+
+
+def with_default_system(jinja: str, system: str | None) -> str:
+    """A chat template that begins conversations without a system prompt with this one, as the training rows did."""
+    if system is None:
+        return jinja
+    return (
+        "{%- if messages[0]['role'] != 'system' -%}{%- set messages = [{'role': 'system', 'content': "
+        f"{json.dumps(system, ensure_ascii=False)}}}] + messages -%}}{{%- endif -%}}{jinja}"
+    )
+
+
+def default_system(jinja: str) -> tuple[str | None, str]:
+    """The default system prompt of a template that `with_default_system` wrote, and the template without it."""
+    found = SYSTEM_HEAD.match(jinja)
+    return (json.loads(found.group(1)), jinja[found.end() :]) if found else (None, jinja)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The template of a file, and the system prompt that begins conversations which bring none."""
+
+    template: Template
+    system: str | None = None
+
+
+def wording_of(model: GgufModel, *, asked: str | None = None) -> Wording:
     """The template to prompt with: the one asked for by name, else the file's own.
 
     Raises UserError for an unknown name, for markers that are no tokens of this file, and when there is none.
     """
     tokenizer = GgufTokenizer(model)
     if asked is not None and asked not in ("tokenizer", "auto"):
-        return _named(asked, tokenizer, where=str(model.path))
-    source = model.chat_template
+        return Wording(_named(asked, tokenizer, where=str(model.path)))
+    system, source = default_system(model.chat_template)
     if not source:
         raise UserError(
             "this file has no chat template in its metadata (tokenizer.chat_template)",
@@ -88,10 +122,11 @@ def template_of(model: GgufModel, *, asked: str | None = None) -> Template:
         for bos in dict.fromkeys((tokenizer.bos, "")):
             native = bind(family, bos=bos, eos=tokenizer.eos)
             if native.as_jinja() == source:
-                return native
+                return Wording(native, system)
     require_syntax(source, where=f"{model.path}, tokenizer.chat_template")
     specials = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    return JinjaTemplate(source=source, special_tokens=specials, marks=tokenizer.special_strings)
+    own = JinjaTemplate(source=source, special_tokens=specials, marks=tokenizer.special_strings)
+    return Wording(own, system)
 
 
 def _named(asked: str, tokenizer: GgufTokenizer, *, where: str) -> Template:
@@ -116,10 +151,27 @@ def _named(asked: str, tokenizer: GgufTokenizer, *, where: str) -> Template:
     return bind(family, bos=tokenizer.bos if has_bos else "", eos=tokenizer.eos)
 
 
-def prompt_tokens(model: GgufModel, template: Template, messages: Sequence[Message]) -> list[int]:
+def terminator_of(template: Template) -> str:
+    """What ends an answer, or "" where a template of other people does not show it: the file's own ends remain."""
+    try:
+        return template.terminator.strip()
+    except UserError:
+        return ""
+
+
+def stop_strings_of(template: Template) -> tuple[str, ...]:
+    """The texts at which an answer ends, as far as the template shows them."""
+    try:
+        return tuple(text for text in template.stop_strings if text)
+    except UserError:
+        return ()
+
+
+def prompt_tokens(model: GgufModel, wording: Wording, messages: Sequence[Message]) -> list[int]:
     """The tokens after which the assistant speaks. BOS stands in front once where the file adds one, whether or not
     the template writes it: never twice."""
-    tokens = model.encode(template.render(messages, answer_next=True).text)
+    said = with_system(messages, wording.system)
+    tokens = model.encode(wording.template.render(said, answer_next=True).text)
     bos = model.special("bos")
     if bos is None or not model.adds_bos:
         return tokens

@@ -109,10 +109,8 @@ def part_of(module: Any) -> Part | None:
 
 def product(x_BI: torch.Tensor, part: Part) -> torch.Tensor:
     """What the layer gives."""
-    if part.how == "plain":
-        out_BN = torch.nn.functional.linear(x_BI, part.layer.weight, part.bias)
-    else:
-        out_BN = part.layer(x_BI)
+    is_plain = part.how == "plain"
+    out_BN = torch.nn.functional.linear(x_BI, part.layer.weight, part.bias) if is_plain else part.layer(x_BI)
     if part.adapter is None:
         return out_BN
     low_BR = torch.nn.functional.linear(x_BI.to(part.adapter.down.dtype), part.adapter.down)
@@ -213,7 +211,8 @@ def joined_product(x_BI: torch.Tensor, joined: Joined) -> torch.Tensor:
 
 def add_adapters_of(x_BI: torch.Tensor, joined: Joined, out_BN: torch.Tensor) -> torch.Tensor:
     """Add the low-rank products of all parts, in place; returns the sum."""
-    assert joined.down is not None and joined.up is not None
+    assert joined.down is not None
+    assert joined.up is not None
     rank = joined.up.shape[1]
     low_BR = torch.nn.functional.linear(x_BI.to(joined.down.dtype), joined.down)
     rows = 0

@@ -1,0 +1,69 @@
+"""A step as one CUDA graph for each number of rows: launched whole, so that the host is not waited for. Knows no model.
+
+The graph reads and writes the same storage at every launch. Weights may change in place between launches; whoever moves
+them or the cache must `forget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(tokens [B], positions [B]) -> logits [B, V]."""
+_STEPS_BEFORE_CAPTURE = 2
+
+
+class CapturedStep:
+    """Calls `compute` for up to `slots` rows, through a graph captured at the first call for that many rows."""
+
+    def __init__(self, compute: Compute, *, slots: int, device: torch.device) -> None:
+        self._compute, self._slots = compute, slots
+        self._tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._positions_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._pool: Any = None
+
+    def forget(self) -> None:
+        """Drop all graphs: storage has moved."""
+        self._graphs.clear()
+        self._pool = None
+
+    def __call__(self, tokens_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+        """Logits of these rows, valid until the next call."""
+        num_rows = len(tokens_B)
+        size = min(self._slots, size_for(num_rows))
+        self._tokens_S[:num_rows] = tokens_B
+        self._positions_S[:num_rows] = positions_B
+        # Idle rows of a graph write into the first column of their own, free slots.
+        self._positions_S[num_rows:size] = 0
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        graph, logits_BV = self._graphs[size]
+        graph.replay()
+        return logits_BV[:num_rows]
+
+    def _capture(self, size: int) -> tuple[Any, torch.Tensor]:
+        tokens_B, positions_B = self._tokens_S[:size], self._positions_S[:size]
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            # Kernels are compiled and libraries set up before anything is recorded.
+            for _ in range(_STEPS_BEFORE_CAPTURE):
+                self._compute(tokens_B, positions_B)
+        here.wait_stream(aside)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits_BV = self._compute(tokens_B, positions_B)
+        return graph, logits_BV
+
+
+def size_for(num_rows: int) -> int:
+    """The rows of the graph that serves so many: powers of two, and three quarters of them from 24 on."""
+    size = 1
+    while size < num_rows:
+        size *= 2
+    return size * 3 // 4 if size >= 32 and num_rows <= size * 3 // 4 else size
