@@ -42,7 +42,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
     "serve": ("zhibei.cli.serve:serve", "Serve models with the API of OpenAI."),
+    "web": ("zhibei.cli.web:web", "Talk to models on a page in the browser."),
     "merge": ("zhibei.cli.merge:merge", "Merge adapters into their base: one whole model."),
+    "export": ("zhibei.cli.export:export", "Hand a model over in another form: Hugging Face, GGUF, Meta and others."),
     "parity": ("zhibei.cli.parity:parity", "Compare two forms of a model: are they the same?"),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }

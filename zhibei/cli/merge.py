@@ -90,14 +90,17 @@ def tell(made: HandedOver, *, as_json: bool) -> None:
         )
         for note in facts.notes:
             console.stdout.print(Text(f"note: {note}", style="yellow"))
-    if made.parity is None:
+    for note in made.notes:
+        console.stdout.print(Text(note))
+    if made.parity is None and not made.notes:
         console.stdout.print(Text("not compared with what it was made from (--no-parity)", style="yellow"))
-    else:
+    elif made.parity is not None:
         show(made.parity, limits_for(made.parity.kind))
     for point in made.open_points:
         console.stdout.print(Text(f"README.md leaves open: {point.strip('-| ')}", style="yellow"))
     console.stdout.print(Text(f"in {made.path}", style="bold"))
-    console.stdout.print(Text(f"talk to it:  zhibei chat {made.path}"))
+    if (made.path / "tokenizer_config.json").is_file() and made.parity is not None:
+        console.stdout.print(Text(f"talk to it:  zhibei chat {made.path}"))
 
 
 def as_facts(made: HandedOver) -> dict[str, Any]:
@@ -109,4 +112,5 @@ def as_facts(made: HandedOver) -> dict[str, Any]:
         "merged": asdict(made.merged) if made.merged is not None else None,
         "parity": made.parity.as_dict(limits_for(made.parity.kind)) if made.parity is not None else None,
         "open_points": list(made.open_points),
+        "notes": list(made.notes),
     }

@@ -44,6 +44,8 @@ class HandedOver:
     parity: ParityReport | None
     open_points: tuple[str, ...] = ()
     """Lines of its model card that say what is not recorded."""
+    notes: tuple[str, ...] = ()
+    """What else a person should know."""
 
 
 def merge(

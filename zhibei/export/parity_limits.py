@@ -43,6 +43,7 @@ LIMITS: dict[str, Limits] = {
     "iq3": Limits(0.50, 0.72, 0.45, "3-bit table with an importance matrix: above 0.1 nats on 8B models"),
     "q2_k": Limits(1.20, 0.55, 1.50, "2-bit blocks: about 0.4 nats on 8B models; a lost layer still gives several"),
     "iq2": Limits(1.20, 0.55, 1.50, "2-bit table with an importance matrix: a lost layer still gives several nats"),
+    "adapter": Limits(1.20, 0.55, 1.50, "a low-rank share of the difference: a rank that keeps little is far off"),
     "int8": Limits(0.05, 0.92, 0.05, "LLM.int8 keeps outliers in 16 bits: some hundredths of a nat"),
     "nf4": Limits(0.20, 0.83, 0.15, "4-bit NormalFloat: some hundredths of a nat on 7B models, more on small ones"),
 }

@@ -1,0 +1,224 @@
+"""`zhibei export`: a trained model in the form another program wants. Knows the table of forms and their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from zhibei.cli import console
+from zhibei.cli.merge import tell
+from zhibei.cli.parity_text import show, size, telling
+from zhibei.config.errors import UserError
+
+FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hf": ("a complete Hugging Face folder with a model card; also from Meta's files", ("dtype",)),
+    "gguf": ("GGUF files for llama.cpp and Ollama", ("types", "imatrix", "imatrix_from", "split_gib", "template")),
+    "meta": ("Meta's consolidated.*.pth and params.json (LLaMA only)", ("shards",)),
+    "delta": ("the weight difference to the base, as Alpaca and Vicuna came", ("dtype", "new_rows")),
+    "recover": ("the whole model of a weight difference and its base", ("dtype", "new_rows")),
+    "adapter": ("a LoRA out of a model tuned in full, by SVD", ("rank",)),
+}
+"""Name of a form -> what it is, and the options that only some forms have."""
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "as-base", "types": "Q8_0", "imatrix": "", "imatrix_from": "", "split_gib": 0.0, "template": "",
+    "shards": 1, "new_rows": "zeros", "rank": 16,
+}  # fmt: skip
+
+
+def export(
+    source: str = "",
+    /,
+    *,
+    to: str = "",
+    base: str = "",
+    out: str = "",
+    dtype: str = "as-base",
+    types: str = "Q8_0",
+    imatrix: str = "",
+    imatrix_from: str = "",
+    split_gib: float = 0.0,
+    template: str = "",
+    shards: int = 1,
+    new_rows: str = "zeros",
+    rank: int = 16,
+    text: str = "",
+    no_parity: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    json: bool = False,
+) -> None:
+    """Hand a trained model over in another form, and prove that it is still the same model.
+
+    Without --to: the table of forms. An adapter is merged on the way. When the new form is further from the model than
+    its kind may be, nothing is left and the exit code is 2. What it is made from is not touched.
+
+    Examples:
+
+      zhibei export runs/my_run --to hf
+
+      zhibei export runs/my_run --to gguf --types Q8_0,Q4_K_M
+
+      zhibei export runs/my_run --to gguf --types IQ4_XS --imatrix run
+
+      zhibei export runs/my_run --to meta --shards 2
+
+      zhibei export path/to/metas-files --to hf --out my-llama
+
+      zhibei export runs/my_run --to delta
+
+      zhibei export path/to/delta --to recover --base path/to/base
+
+      zhibei export runs/my_run --to adapter --rank 32
+
+    Parameters
+    ----------
+    source
+        A run, a Hugging Face folder, an adapter, or for some forms Meta's files or a weight difference.
+    to
+        hf, gguf, meta, delta, recover or adapter.
+    base
+        The base of an adapter or difference, where it lies elsewhere than when it was trained.
+    out
+        The new folder; by default exports/FORM in the run.
+    dtype
+        Type of the weights: as-base, bf16, fp16 or fp32 (hf, delta, recover).
+    types
+        GGUF types with commas: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS and others.
+    imatrix
+        GGUF: an importance matrix from a file, or `run` to take it from the run's training rows.
+    imatrix_from
+        GGUF: take the importance matrix from this text.
+    split_gib
+        GGUF: the most GiB of one file; 0 for no limit.
+    template
+        GGUF: another prompt template than the one the model was trained with.
+    shards
+        Meta: in how many files (1, 2, 4, 8).
+    new_rows
+        Differences: what the base has for tokens it lacks: zeros (Vicuna) or mean (Alpaca).
+    rank
+        Adapter: its rank.
+    text
+        A text file to compare on, instead of the run's held-out rows.
+    no_parity
+        Do not compare at the end, e.g. where the whole model does not fit into memory.
+    device
+        Where to compare: auto, cpu, cuda.
+    precision
+        Arithmetic while comparing: auto, fp32, bf16.
+    json
+        Print one JSON document.
+    """
+    if not to and not json:
+        console.stdout.print(table_of_forms())
+        return
+    given = {
+        "dtype": dtype, "types": types, "imatrix": imatrix, "imatrix_from": imatrix_from, "split_gib": split_gib,
+        "template": template, "shards": shards, "new_rows": new_rows, "rank": rank,
+    }  # fmt: skip
+    require_effect(to, given)
+    if not source:
+        raise UserError("nothing named", expected="a run or a model", fix=f"zhibei export runs/NAME --to {to}")
+    from zhibei.export.hand_over import Proving
+
+    proving = Proving(not no_parity, Path(text) if text else None, device, precision, telling(as_json=json))
+    place = Path(out) if out else None
+    if to == "gguf":
+        _gguf(source, given, base=base or None, out=place, how=(proving, json))
+        return
+    from zhibei.export import forms
+    from zhibei.export.hand_over import export_hf
+    from zhibei.export.meta_weights import is_meta_folder
+
+    wanted = forms.Wanted(base or None, place, dtype, shards, rank, new_rows, proving)
+    if to == "hf" and is_meta_folder(Path(source)):
+        made = forms.from_meta(source, wanted)
+    elif to == "hf":
+        made = export_hf(source, base=base or None, out=place, dtype=dtype, proving=proving)
+    else:
+        ways: dict[str, Callable[..., Any]] = {
+            "meta": forms.to_meta, "delta": forms.to_difference, "recover": forms.recover, "adapter": forms.to_adapter,
+        }  # fmt: skip
+        made = ways[to](source, wanted)
+    tell(made, as_json=json)
+
+
+def require_effect(to: str, given: dict[str, Any]) -> None:
+    """Raises UserError for an unknown form, and for an option that the form does not have."""
+    if to not in FORMS:
+        raise UserError(
+            f"there is no form {to}" if to else "no form named",
+            expected=f"one of {', '.join(FORMS)}",
+            fix="zhibei export  shows what each is",
+            where="--to",
+        )
+    for name, value in given.items():
+        if value != DEFAULTS[name] and name not in FORMS[to][1]:
+            option = "--" + name.replace("_", "-")
+            has_it = [form for form, (_, options) in FORMS.items() if name in options]
+            raise UserError(
+                f"{option} has no effect with --to {to}",
+                expected=f"{option} with --to {' or '.join(has_it)}",
+                fix="leave it out",
+                where=option,
+            )
+
+
+def table_of_forms() -> Table:
+    """Every form with its own options."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("--to", "what it is", "options"):
+        table.add_column(head, overflow="fold")
+    for name, (what, options) in FORMS.items():
+        table.add_row(name, what, " ".join("--" + option.replace("_", "-") for option in options))
+    return table
+
+
+def _gguf(source: str, given: dict[str, Any], *, base: str | None, out: Path | None, how: tuple[Any, bool]) -> None:
+    from zhibei.export.gguf.hand_over import Wanted, hand_over_gguf
+    from zhibei.export.parity_limits import limits_for
+
+    proving, as_json = how
+    imatrix = given["imatrix"]
+    wanted = Wanted(
+        types=tuple(name.strip() for name in given["types"].split(",") if name.strip()),
+        imatrix=Path(imatrix) if imatrix not in ("", "run") else None,
+        imatrix_text=Path(given["imatrix_from"]) if given["imatrix_from"] else None,
+        imatrix_of_run=imatrix == "run",
+        split_bytes=int(given["split_gib"] * 2**30) or None,
+        template=given["template"] or None,
+    )
+    made = hand_over_gguf(source, base=base, out=out, wanted=wanted, proving=proving)
+    if as_json:
+        console.emit(
+            {
+                "path": str(made.path),
+                "files": [
+                    {
+                        "kind": one.kind,
+                        "paths": [str(path) for path in one.paths],
+                        "bytes": one.num_bytes,
+                        "types": dict(one.types),
+                        "parity": report.as_dict(limits_for(report.kind)) if report is not None else None,
+                    }
+                    for one, report in zip(made.files, made.reports, strict=True)
+                ],
+                "notes": list(made.notes),
+            },
+            as_json=True,
+        )
+        return
+    for one, report in zip(made.files, made.reports, strict=True):
+        console.stdout.print(Text(f"{one.kind}: {one.paths[0]}, {size(one.num_bytes)}", style="bold"))
+        if report is not None:
+            show(report, limits_for(report.kind))
+    for note in made.notes:
+        console.stdout.print(Text(f"note: {note}", style="yellow"))
+    if proving.is_wanted is False:
+        console.stdout.print(Text("not compared with what it was made from (--no-parity)", style="yellow"))
+    console.stdout.print(Text(f"talk to it:  zhibei chat {made.files[0].paths[0]}"))
