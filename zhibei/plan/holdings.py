@@ -52,7 +52,7 @@ def rounded(num_bytes: float) -> int:
 
 
 def holdings_of(shape: ModelShape, job: Job) -> Holdings:
-    """What the model and its optimiser hold."""
+    """What the model and its optimiser hold. `shape` is without a head where the stage has none (reward)."""
     base = {name: math.prod(size) for name, size in in_model_order(shape)}
     adapters = adapter_sizes(shape, job)
     copied = saved_modules(base, job)
@@ -78,10 +78,16 @@ def holdings_of(shape: ModelShape, job: Job) -> Holdings:
         largest_trained=max(trained, default=0),
         largest=max(base.values()),
         unpacked=unpacked_bytes(shape, job),
-        frozen_head=job.trains_adapters and not any("lm_head" in name for name in job.modules_to_save),
-        frozen_embedding=job.trains_adapters and not any("embed" in name for name in job.modules_to_save),
+        frozen_head=job.stage == "reward"
+        or (job.trains_adapters and not any("lm_head" in name for name in job.modules_to_save)),
+        frozen_embedding=is_frozen(job, "embed"),
         states_from_first_update=not is_split,
     )
+
+
+def is_frozen(job: Job, part: str) -> bool:
+    """Whether adapters leave a part outside of the layers as it is."""
+    return job.trains_adapters and not any(part in name for name in job.modules_to_save)
 
 
 def in_model_order(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -148,6 +148,18 @@ def adapted_names(shape: ModelShape, targets: str | list[str]) -> tuple[str, ...
     return tuple(sorted(name for name in names if any(name == target.rsplit(".", 1)[-1] for target in targets)))
 
 
+def with_answers(run: RunFile, rows: Rows) -> Rows:
+    """Rows as passes see them: where the rows of a stage are prompts, each with the longest answer to it."""
+    more = getattr(run.training, "max_new_tokens", 0)
+    if not more:
+        return rows
+    answers = run.training.global_batch
+    # A prompt may be answered several times in a step.
+    times = answers / min(answers, rows.num_rows or answers)
+    steps = tuple(int(times * tokens) + more * answers for tokens in rows.step_tokens)
+    return replace(rows, longest=rows.longest + more, mean_tokens=rows.mean_tokens + more, step_tokens=steps)
+
+
 def job_of(
     run: RunFile,
     shape: ModelShape,
@@ -187,7 +199,7 @@ def job_of(
         rank=run.lora.rank,
         targets=adapted_names(shape, run.lora.targets) if is_lora else (),
         modules_to_save=tuple(run.lora.modules_to_save) if is_lora else (),
-        sample_tokens=run.sft.sample_tokens if run.stage == "sft" else 0,
+        sample_tokens=getattr(section, "sample_tokens", 0),
         reference=run.dpo.reference,
         ppo_models=run.ppo.models,
         has_reward_model=is_policy and policy.reward_model is not None and judge is None,

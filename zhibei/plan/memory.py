@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 
 from zhibei.plan.disk import DiskPlan
 from zhibei.plan.division import divided
+from zhibei.plan.heads import LOGP_FORWARD, LOSS_CHUNK
 from zhibei.plan.holdings import Holdings, holdings_of
 from zhibei.plan.job import PANEL_PROMPTS, Job
 from zhibei.plan.machines import Machine
-from zhibei.plan.moments import LOSS_CHUNK, Causes, Moment, moments_of, update
+from zhibei.plan.moments import Causes, Moment, moments_of, update
 from zhibei.plan.shapes import ModelShape
-from zhibei.plan.stages import stage_extras
+from zhibei.plan.stages import answering_moments, body_of, stage_extras
 
 GIB = 2**30
 WORKSPACE_BYTES = 2 * 32 * 2**20
@@ -83,7 +84,7 @@ class MemoryPlan:
         return on_card and (self.host_capacity_gib is None or self.host_gib <= self.host_capacity_gib)
 
     def phase(self, name: str) -> Phase:
-        """By name: load, first step, steady, evaluation, save, proof, merge. KeyError for another."""
+        """By name: load, first step, steady, evaluation, answers, save, proof, merge. KeyError for another."""
         for phase in self.phases:
             if phase.name == name:
                 return phase
@@ -112,6 +113,7 @@ def plan_memory(
 
 def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> MemoryPlan:
     """Peak memory of every phase."""
+    shape = body_of(shape) if job.stage == "reward" else shape
     whole = held or holdings_of(shape, job)
     part = divided(shape, job, whole)
     mine = part.held
@@ -134,6 +136,7 @@ def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> Memory
         _heaviest("first step", first),
         _heaviest("steady", steady),
         _heaviest("evaluation", [_with(always, moment) for moment in _evaluation(shape, job, mine)]),
+        *(_heaviest("answers", [_with(always, m) for m in answers]) for answers in answering_moments(shape, job, mine)),
         Phase("save", "one tensor is checked", _shown({**always, "checks": _finite(job, mine.largest_trained)})),
         Phase("proof", "the written model beside the trained one", _shown(_proof(always, job, mine))),
     ]
@@ -200,6 +203,10 @@ def _evaluation(shape: ModelShape, job: Job, held: Holdings) -> list[Moment]:
     forward = tokens * item * (4 * wide + 4 * shape.hidden)
     rows, has_earlier = min(LOSS_CHUNK, tokens), tokens > LOSS_CHUNK
     per_logit = item * (1 + has_earlier) if job.is_compiled else item * (1 + has_earlier) + 8
+    if job.stage == "dpo":
+        per_logit = item + LOGP_FORWARD
+    elif job.stage != "sft":
+        per_logit = 0  # scores, or answers (which have a phase of their own)
     answers = PANEL_PROMPTS * (job.row_tokens + job.sample_tokens) if job.sample_tokens else 0
     return [
         Moment("a layer", {"activations": forward, "working buffers": held.unpacked}),

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zhibei.plan.activations import NORMS, Execution, layer_bytes, style_of
+from zhibei.plan.heads import ENDS, head_elements
 from zhibei.plan.holdings import Holdings
 from zhibei.plan.job import Job
 from zhibei.plan.shapes import ModelShape
 
-LOSS_CHUNK = 2048  # losses/tokens.py, chunk_tokens
 ELEMENTS_PER_UPDATE = 2**28  # train/optimizer.py
 Causes = dict[str, float]
 
@@ -34,11 +34,12 @@ class Moment:
 def moments_of(shape: ModelShape, job: Job, held: Holdings) -> Iterator[Moment]:
     """All moments of the last pass of a step (the heaviest one: earlier passes have left their gradient sums)."""
     kept = kept_bytes(shape, job)
+    forward, backward = ENDS[job.stage]
     # Gradients that lie there while a pass is under way: sums of earlier passes, or fp32 gradients being added to.
     earlier = held.gradient_sums if job.item_bytes != 4 else held.gradients * (job.num_passes > 1)
     base: Causes = {"gradients": earlier, **kept}
-    yield Moment("loss", _plus(base, loss_forward(shape, job, held)))
-    yield Moment("backward of the loss", _plus(base, loss_backward(shape, job, held)))
+    yield Moment("loss", _plus(base, forward(shape, job, held)))
+    yield Moment("backward of the loss", _plus(base, backward(shape, job, held)))
     yield Moment("backward of the last layer", _plus(base, first_backward(shape, job, held)))
     yield Moment("backward of the first layer", _plus({"gradients": earlier}, last_backward(shape, job, held)))
     yield Moment("embedding gradient", _plus({"gradients": earlier}, embedding_backward(shape, job, held)))
@@ -73,49 +74,13 @@ def _tables(shape: ModelShape, job: Job) -> float:
     return 2 * shape.head_dim * job.item_bytes * job.pass_tokens
 
 
-def _head_elements(shape: ModelShape) -> int:
-    return shape.vocabulary * shape.hidden
-
-
-def chunk_bytes(shape: ModelShape, job: Job) -> float:
-    """Logits of one chunk and what is made of them (losses/tokens.py, _chunk_loss_and_gradient).
-
-    Compiled: the logits, the gradient, and the gradient of the chunk before, in the model's type. Not compiled: fp32
-    logits, exponentials, and the one-hot term twice, besides logits and the earlier gradient in the model's type.
-    """
-    rows = min(LOSS_CHUNK, job.pass_tokens)
-    has_earlier = job.pass_tokens > LOSS_CHUNK
-    item = job.item_bytes
-    compiled = item * (2 + has_earlier)
-    plain = 16 + item * (1 + has_earlier) - (4 if item == 4 else 0)
-    return (compiled if job.is_compiled else plain) * rows * shape.vocabulary
-
-
-def loss_forward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
-    """Hidden states and their gradient, the head's gradient in fp32, one chunk of logits."""
-    tokens, width, item = job.pass_tokens, shape.hidden, job.item_bytes
-    head = 0 if held.frozen_head else 4 * _head_elements(shape)
-    rows = min(LOSS_CHUNK, tokens)
-    # The product that is added to the head's gradient is made while logits and gradient of its chunk are there.
-    product = 0 if held.frozen_head else item * (_head_elements(shape) + 2 * rows * shape.vocabulary)
-    chunk = max(chunk_bytes(shape, job), product)
-    return {"activations": 2 * item * tokens * width, "loss": head + chunk}
-
-
-def loss_backward(shape: ModelShape, job: Job, held: Holdings) -> Causes:
-    """The head's gradient in fp32, scaled in place, and that in the model's type (losses/tokens.py, scaled)."""
-    copies = job.item_bytes * job.pass_tokens * shape.hidden
-    head = 0 if held.frozen_head else (4 + (job.item_bytes if job.item_bytes != 4 else 0)) * _head_elements(shape)
-    return {"activations": copies, "loss": head}
-
-
 def _head_gradient(shape: ModelShape, job: Job, held: Holdings) -> float:
     """A tied head's gradient waits for the embedding's; with several passes others are added to the sums at once."""
     if held.frozen_head:
         return 0.0
     if job.num_passes > 1 and not shape.is_tied:
         return 0.0
-    return job.item_bytes * _head_elements(shape)
+    return job.item_bytes * head_elements(shape)
 
 
 def working_bytes(shape: ModelShape, job: Job) -> float:

@@ -14,11 +14,12 @@ from zhibei.config.run import RunFile
 from zhibei.config.training import TOKENS_PER_PASS
 from zhibei.plan.disk import disk_of
 from zhibei.plan.holdings import Holdings, holdings_of
-from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, Ways, job_of
+from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, Ways, job_of, with_answers
 from zhibei.plan.machines import Machine, parse_machine
 from zhibei.plan.memory import MemoryPlan, plan_memory
 from zhibei.plan.shapes import ModelShape
 from zhibei.plan.speed import Speed, speed_of
+from zhibei.plan.stages import body_of
 from zhibei.store.reward_models import shared_judge
 
 MARGIN = 0.03
@@ -113,7 +114,7 @@ def wishes_of(run: RunFile) -> Wishes:
 
 def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes: Wishes | None = None) -> Search:
     """The fastest plan that fits, within the wishes (by default those of the run file)."""
-    wishes = wishes or wishes_of(run)
+    wishes, rows = wishes or wishes_of(run), with_answers(run, rows)
     steps = total_steps(run, rows)
     tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
     candidates = list(_candidates(Question(run, shape, machine, rows, shared_judge(run)), wishes, steps))
@@ -194,7 +195,7 @@ def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | No
     section = run.training
     job = job_of(run, shape, machine, rows, ways, judge=question.judge)
     key = job.num_passes > 1
-    held = known.setdefault(key, None) or holdings_of(shape, job)
+    held = known.setdefault(key, None) or holdings_of(body_of(shape) if job.stage == "reward" else shape, job)
     known[key] = held
     disk = disk_of(run, job, held, rows, num_steps=steps)
     memory = plan_memory(shape, job, machine, held=held, disk=disk)
