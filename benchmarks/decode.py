@@ -51,7 +51,8 @@ def packed(model: Any, kind: str) -> Any:
             from bitsandbytes.functional import quantize_4bit
 
             codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            parts = [codes, state.absmax, state.state2.absmax, state.state2.code, state.offset]
+            second: Any = state.state2
+            parts = [codes, state.absmax, second.absmax, second.code, state.offset]
             how = f"nf4 {state.blocksize}"
         layer = QuantisedLinear(parts, how=how, shape=shape, dtype=weight.dtype)
         layer.bias = module.bias

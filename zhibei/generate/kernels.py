@@ -126,7 +126,7 @@ def _attend(
     HAS_NORM: tl.constexpr, KEY_HEADS: tl.constexpr, G: tl.constexpr, G_PADDED: tl.constexpr, W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One row's key head and its query heads: rotate, write key and value, attend to the columns up to the row's own."""
+    """One row's key head and its query heads: rotate, write key and value, attend to the columns before and itself."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     w = tl.arange(0, W)
     g = tl.arange(0, G_PADDED)
