@@ -60,7 +60,7 @@ def wait_for(is_so: Any, seconds: float = 30) -> None:
 
 
 @contextmanager
-def serving(hosted: Mapping[str, Hosted], pages: Any = None, **settings: Any) -> Iterator[Live]:
+def serving(hosted: Mapping[str, Hosted], has_page: bool = False, **settings: Any) -> Iterator[Live]:
     chosen = ServerSettings(port=0, **settings)
     listener = bind(chosen)
     ready = threading.Event()
@@ -69,7 +69,7 @@ def serving(hosted: Mapping[str, Hosted], pages: Any = None, **settings: Any) ->
         hosted,
         chosen,
         listener,
-        pages=pages,
+        has_page=has_page,
         on_ready=ready.set,
         log=lambda line: log.append(json.loads(line)),
     )

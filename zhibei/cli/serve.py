@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import quote
 
 from cyclopts import Parameter
 
@@ -12,8 +14,6 @@ from zhibei.cli import console
 from zhibei.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    import socket
-
     from zhibei.serve.hosted import Hosted
 
 _LIMITS = ServerSettings()
@@ -63,11 +63,16 @@ class Loading:
     base: str | None = None
     """The base model of an adapter, when it no longer lies where the adapter says."""
     template: str | None = None
-    """Name of the prompt template; by default the one each model was trained with, else its tokenizer's own."""
+    """Name of the prompt template for models that name none; all others keep the one that they were trained with."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the weights in 8 or 4 bits."""
+
+
+DOORS, LIMITS, LOADING = Doors(), Limits(), Loading()
 
 
 def serve(
@@ -76,9 +81,9 @@ def serve(
     *,
     adapter: list[str] | None = None,
     json: bool = False,
-    doors: Annotated[Doors, Parameter(name="*")] = Doors(),
-    limits: Annotated[Limits, Parameter(name="*")] = Limits(),
-    loading: Annotated[Loading, Parameter(name="*")] = Loading(),
+    doors: Annotated[Doors, Parameter(name="*")] = DOORS,
+    limits: Annotated[Limits, Parameter(name="*")] = LIMITS,
+    loading: Annotated[Loading, Parameter(name="*")] = LOADING,
 ) -> int:
     """Serve trained models with the API of OpenAI.
 
@@ -130,12 +135,19 @@ def settings_of(doors: Doors, limits: Limits) -> ServerSettings:
 
 
 def run_server(
-    paths: list[str], adapters: list[str], *, settings: ServerSettings, loading: Loading, as_json: bool
+    paths: list[str],
+    adapters: list[str],
+    *,
+    settings: ServerSettings,
+    loading: Loading,
+    as_json: bool,
+    page_key: str = "",
 ) -> int:
-    """Bind, load, say where it is, and serve until told to leave."""
+    """Bind, load, say where it is, and serve until told to leave. `page_key`: with the page, whose key that is."""
     from zhibei.serve.opening import Loading as SpeakerLoading
     from zhibei.serve.opening import close_all, open_all, read_wanted
-    from zhibei.serve.running import bind, require_uvicorn
+    from zhibei.serve.running import bind, require_uvicorn, url_of
+    from zhibei.serve.server import make_server
 
     require_uvicorn()
     wanted = read_wanted(paths, adapters)
@@ -143,39 +155,55 @@ def run_server(
     with listener:
         hosted = open_all(wanted, settings, SpeakerLoading(**vars(loading)), watch=_say)
         try:
-            _serve(hosted, settings, listener, as_json=as_json)
+            ready = _page_announcer(page_key) if page_key else _announce
+            server = make_server(
+                hosted,
+                settings,
+                listener,
+                has_page=bool(page_key),
+                on_ready=lambda: ready(hosted, settings, url_of(listener), as_json),
+            )
+            server.run()
+            _say("the server has ended")
         finally:
             close_all(hosted)
     return 0
 
 
-def _serve(hosted: dict[str, Hosted], settings: ServerSettings, listener: socket.socket, *, as_json: bool) -> None:
-    from zhibei.serve.server import make_server
-
-    server = make_server(hosted, settings, listener, on_ready=lambda: _announce(hosted, settings, listener, as_json))
-    server.run()
-    _say("the server has ended")
-
-
-def _announce(hosted: dict[str, Hosted], settings: ServerSettings, listener: socket.socket, as_json: bool) -> None:
-    from zhibei.serve.running import url_of
-
-    url = url_of(listener)
+def _announce(hosted: dict[str, Hosted], settings: ServerSettings, url: str, as_json: bool) -> None:
     if as_json:
-        models = [{"id": one.name, "path": one.path, "notes": list(one.notes)} for one in hosted.values()]
-        console.emit({"url": url, "models": models, "needs_key": bool(settings.api_keys)}, as_json=True)
+        console.emit({"url": url, "models": _models(hosted), "needs_key": bool(settings.api_keys)}, as_json=True)
         return
-    for one in hosted.values():
-        _say(
-            f"{one.name}: template {one.speaker.template.name}, {one.context_tokens or 'no limit of'} tokens of context"
-        )
-        for note in one.notes:
-            _say(f"{one.name}: {note}")
-    first = next(iter(hosted))
+    _introduce(hosted)
     _say(f"serving at {url}; Ctrl-C lets running answers end. Try it:")
     key = ' -H "Authorization: Bearer $ZHIBEI_API_KEY"' if settings.api_keys else ""
-    body = f'{{"model": "{first}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    body = f'{{"model": "{next(iter(hosted))}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     _say(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+
+
+def _page_announcer(key: str) -> Callable[[dict[str, Hosted], ServerSettings, str, bool], None]:
+    def announce(hosted: dict[str, Hosted], settings: ServerSettings, url: str, as_json: bool) -> None:
+        page = f"{url}/#key={quote(key)}"
+        if as_json:
+            console.emit({"url": url, "page": page, "models": _models(hosted), "needs_key": True}, as_json=True)
+            return
+        _introduce(hosted)
+        _say("open this in a browser (the part behind # is the key; Ctrl-C ends it):")
+        console.stdout.print(page, markup=False)
+
+    return announce
+
+
+def _models(hosted: dict[str, Hosted]) -> list[dict[str, Any]]:
+    return [{"id": one.name, "path": one.path, "notes": list(one.notes)} for one in hosted.values()]
+
+
+def _introduce(hosted: dict[str, Hosted]) -> None:
+    for one in hosted.values():
+        context = f"{one.context_tokens} tokens of context" if one.context_tokens else "no limit of context"
+        _say(f"{one.name}: template {one.speaker.template.name}, {context}")
+        for note in one.notes:
+            _say(f"{one.name}: {note}")
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zhibei.config.errors import UserError
+from zhibei.model.load import QuantizeKind
 from zhibei.model.lora import read_adapter_beside
 from zhibei.serve.chat import Speaker, Wording, open_speaker, wording_of
 from zhibei.serve.hosted import Hosted
@@ -64,12 +65,24 @@ class Loading:
     """How weights are brought into memory; as for `open_speaker`."""
 
     base: str | None = None
-    template: str | None = None
     device: str = "auto"
     precision: str = "auto"
+    quantize: QuantizeKind = "none"
+    template: str | None = None
+    """For models that name none of their own: one asked with another's template would look broken."""
 
-    def for_speaker(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def for_speaker(self, template: str | None) -> dict[str, Any]:
+        return {**vars(self), "template": template}
+
+    def template_of(self, one: Wanted) -> str | None:
+        """The template to ask for; None where the model brings its own. Raises UserError as `open_speaker`."""
+        try:
+            wording_of(one.path, base=self.base)
+        except UserError as error:
+            if "names no template" not in error.what or self.template is None:
+                raise
+            return self.template
+        return None
 
 
 def open_all(
@@ -105,7 +118,7 @@ def _by_weights(wanted: Sequence[Wanted], loading: Loading) -> dict[str, list[_M
     """Every path is read before any weights are loaded: a wrong last one should not cost the time of the others."""
     groups: dict[str, list[_Member]] = {}
     for one in wanted:
-        wording = wording_of(one.path, base=loading.base, template=loading.template)
+        wording = wording_of(one.path, base=loading.base, template=loading.template_of(one))
         if one.is_adapter and wording.found.adapter is None:
             raise UserError(
                 f"{one.path} is a whole model",
@@ -161,7 +174,7 @@ def _speakers(members: Sequence[_Member], loading: Loading) -> tuple[dict[str, S
     The second is empty where there is nothing to switch.
     """
     first = next((member for member in members if member.wording.found.adapter is not None), members[0])
-    opened: Any = open_speaker(first.wanted.path, **loading.for_speaker())
+    opened: Any = open_speaker(first.wanted.path, **loading.for_speaker(loading.template_of(first.wanted)))
     speakers: dict[str, Speaker] = {first.wanted.name: opened}
     adapters: dict[str, str | None] = {first.wanted.name: FIRST_ADAPTER if first.wording.found.adapter else None}
     for member in members:
@@ -204,7 +217,7 @@ def _use(hf: Any, adapter: str | None) -> None:
 
 
 def _open_gguf(one: Wanted, settings: ServerSettings, loading: Loading) -> Hosted:
-    speaker: Any = open_speaker(one.path, **loading.for_speaker())
+    speaker: Any = open_speaker(one.path, **loading.for_speaker(loading.template))
     # A context of llama.cpp holds one conversation.
     worker = Worker({one.name: Lane(InTurns(speaker, slots=1))}, most_open=1 + settings.most_waiting)
     notes = tuple(speaker.notes)
