@@ -17,6 +17,7 @@ from zhibei.plan.holdings import Holdings, holdings_of
 from zhibei.plan.job import PANEL_PROMPTS, Job
 from zhibei.plan.machines import Machine
 from zhibei.plan.moments import Causes, Moment, moments_of, update
+from zhibei.plan.rollout_cache import cache_bytes
 from zhibei.plan.shapes import ModelShape
 from zhibei.plan.stages import answering_moments, body_of, stage_extras
 
@@ -224,7 +225,7 @@ def _evaluation(shape: ModelShape, job: Job, held: Holdings) -> list[Moment]:
 
 def sampling(shape: ModelShape, job: Job, tokens: int, num_rows: int) -> Causes:
     """Keys and values of all tokens in all layers, and a row of fp32 logits (and their copies) per answer."""
-    cache = 2 * shape.key_width * job.item_bytes * shape.num_layers * tokens
+    cache = cache_bytes(shape, slots=1, tokens=tokens, item_bytes=job.item_bytes)
     return {"KV cache": cache, "loss": 16 * num_rows * shape.vocabulary}
 
 

@@ -12,6 +12,7 @@ from zhibei.plan.heads import LOGP_FORWARD, LOSS_CHUNK, head_elements
 from zhibei.plan.holdings import Holdings
 from zhibei.plan.job import Job
 from zhibei.plan.moments import Causes, Moment
+from zhibei.plan.rollout_cache import cache_bytes
 from zhibei.plan.shapes import HEAD, ModelShape
 
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 4096  # generate/engine.py
@@ -82,8 +83,8 @@ def answering_moments(shape: ModelShape, job: Job, held: Holdings) -> list[list[
     item, rows = job.item_bytes, job.rollout_batch
     wide = shape.mlp_width if not shape.num_experts else shape.experts_per_token * shape.expert_width
     per_token = item * (4 * wide + 4 * shape.hidden)
-    cache_token = 2 * shape.key_width * item * shape.num_layers
-    cache = cache_token * rows * job.row_tokens
+    cache_token = cache_bytes(shape, slots=1, tokens=1, item_bytes=item)
+    cache = cache_bytes(shape, slots=rows, tokens=job.row_tokens, item_bytes=item)
     prompts = min(PREFILL_TOKENS if job.on_gpu else CPU_PREFILL_TOKENS, rows * (job.row_tokens - job.max_new_tokens))
     logits = LOGIT_COPIES * 4 * rows * shape.vocabulary
     chunk = (item + LOGP_FORWARD) * min(LOSS_CHUNK, job.pass_tokens) * shape.vocabulary
