@@ -1,4 +1,4 @@
-"""The three roads to logits give the same answers, family by family; and what the cache of slots holds is what is planned."""
+"""The three roads to logits give the same answers, family by family; the cache holds what is planned."""
 
 from __future__ import annotations
 
