@@ -162,6 +162,7 @@ def memory_table(records: Sequence[Record], grid: str) -> str:
         words += [f"{settings['checkpointing']} checkpointing"] * (settings["checkpointing"] != "none")
         words += ["not compiled"] * (not settings["compile"]) + ["padded"] * (not settings["packing"])
         words += [f"rank {settings['rank']}"] * (settings["method"] != "full")
+        words += [settings["quantize"]] * (settings["quantize"] != "none")
         first = 100 * (record["first_predicted_gib"] / measured - 1)
         rows.append(
             [
@@ -211,6 +212,7 @@ def provenance(records: Sequence[Record]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "sft-full": ("sft.json", lambda records: sft_table(records, "full")),
     "sft-lora": ("sft.json", lambda records: sft_table(records, "lora")),
+    "sft-qlora": ("sft.json", lambda records: sft_table(records, "qlora")),
     "ceiling": ("sft.json", ceiling_table),
     "parity-trainer": ("parity_trainer.json", parity_table),
     "real-rows": ("real_rows.json", real_rows_table),
@@ -218,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "memory-grid": ("memory.json", lambda records: memory_table(records, "grid")),
     "memory-held-out": ("memory.json", lambda records: memory_table(records, "held-out")),
     "memory-blind": ("memory.json", lambda records: memory_table(records, "blind")),
+    "memory-quantised": ("memory.json", lambda records: memory_table(records, "quantised")),
     "generate-cpu": ("generate_cpu.json", generate_table),
     "check": ("check.json", lambda records: plain_table(records, check_rows)),
     "coverage": ("check.json", lambda records: plain_table(records, coverage_rows)),
