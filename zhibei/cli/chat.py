@@ -54,6 +54,8 @@ class Sampling:
     """Only tokens at least this likely, relative to the best one; 0 switches it off."""
     repetition_penalty: float = _ANSWERS.repetition_penalty
     """Makes tokens that were seen before less likely; 1 switches it off, 1.1 is common."""
+    beams: int = _ANSWERS.beams
+    """Follow so many texts at once and take the likeliest; nothing is drawn then, and nothing streams."""
     seed: int = _ANSWERS.seed
     """Same seed, same session, same answers."""
     stop: tuple[str, ...] = ()
@@ -62,6 +64,8 @@ class Sampling:
     def options(self) -> SamplingOptions:
         """Checked. Raises UserError for values out of range, and for options that would have no effect."""
         values = {name: value for name, value in vars(self).items() if name != "stop"}
+        if self.beams > 1 and self.temperature == _ANSWERS.temperature:
+            values["temperature"] = 0.0  # nobody asked for another
         options = SamplingOptions(**values, stop_strings=tuple(self.stop))
         idle = without_effect(options)
         if idle:

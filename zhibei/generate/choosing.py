@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zhibei.config.errors import UserError
 from zhibei.generate.draws import uniform
 from zhibei.generate.filters import draw, shape_scores
 from zhibei.generate.options import SamplingOptions
@@ -37,6 +38,17 @@ class Drawn:
         return torch.stack(rows)
 
 
+def refuse_beams(options: SamplingOptions) -> None:
+    """Raises UserError where several texts at once are asked of what follows one."""
+    if options.beams > 1:
+        raise UserError(
+            f"beams is {options.beams}, but this engine draws one token after the other",
+            expected="beams 1",
+            fix="ask for beams in zhibei chat, of a model that is no GGUF file",
+            where="sampling options",
+        )
+
+
 class Chooser:
     """Draws the next token of every row; a row's draws depend on its seed, number and position only."""
 
@@ -51,6 +63,7 @@ class Chooser:
 
     def admit(self, slot: int, options: SamplingOptions, *, number: int, budget: int, alternatives: int = 0) -> None:
         """A new answer of at most `budget` tokens begins in this slot."""
+        refuse_beams(options)
         self._prefix_groups = None
         self._options[slot], self._alternatives[slot] = options, alternatives
         self._drawn_S[slot] = 0

@@ -15,7 +15,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.generate.answers import Growing, Piece, Token
-from zhibei.generate.choosing import Chooser, Drawn
+from zhibei.generate.choosing import Chooser, Drawn, refuse_beams
 from zhibei.generate.decoding import Road, context_tokens, road_of
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.stops import Decode
@@ -128,6 +128,7 @@ class Engine:
                 fix="ask for fewer alternatives",
                 where=f"prompt {request.number}",
             )
+        refuse_beams(request.options)
         growing = Growing(
             request.prompt,
             number=request.number,

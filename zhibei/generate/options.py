@@ -32,6 +32,8 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     """Logits of tokens in prompt and answer so far are divided by it, or multiplied when negative
     (arXiv:1909.05858); 1 switches it off."""
+    beams: int = 1
+    """Texts that are followed at once, of which the likeliest is the answer; more than 1 needs temperature 0."""
     seed: int = 0
     """Draws are a pure function of seed, row and position."""
     stop_strings: tuple[str, ...] = ()
@@ -52,6 +54,13 @@ class SamplingOptions:
                     fix=f"choose another {name}",
                     where="sampling options",
                 )
+        if self.beams > 1 and self.temperature > 0:
+            raise UserError(
+                f"beams is {self.beams} and temperature {self.temperature}",
+                expected="temperature 0 with more than one beam: beams look for the likeliest text and draw nothing",
+                fix="set temperature to 0, or beams to 1",
+                where="sampling options",
+            )
         if self.overflow not in get_args(Overflow):
             raise UserError(
                 f"overflow is {self.overflow!r}",
@@ -68,7 +77,7 @@ class SamplingOptions:
             )
 
 
-_WHOLE = ("max_new_tokens", "top_k", "seed", "batch_rows")
+_WHOLE = ("max_new_tokens", "top_k", "beams", "seed", "batch_rows")
 
 _RANGES = {
     "max_new_tokens": (lambda value: value >= 1, "a whole number from 1"),
@@ -77,6 +86,7 @@ _RANGES = {
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, up to 1 (1 switches it off)"),
     "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1 (0 switches it off)"),
     "repetition_penalty": (lambda value: value > 0, "a number above 0 (1 switches it off)"),
+    "beams": (lambda value: 1 <= value <= 64, "a whole number from 1 to 64 (1 switches it off)"),
     "seed": (lambda value: 0 <= value < 2**63, "a whole number from 0"),
     "batch_rows": (lambda value: value >= 1, "a whole number from 1"),
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zhibei.generate.answers import Answer, Growing, Piece
+from zhibei.generate.beams import beam_search
 from zhibei.generate.decoding import context_tokens
 from zhibei.generate.engine import Engine, Request
 from zhibei.generate.options import SamplingOptions
@@ -30,6 +31,8 @@ def generate(
 
     Raises UserError for an empty prompt, a prompt beyond the context, or logits that are not finite.
     """
+    if options.beams > 1:
+        return [beam_search(model, prompt, options=options, stop_ids=stop_ids, decode=decode) for prompt in prompts]
     requests = [
         Request(prompt, options, stop_ids, number=number, decode=decode, pieces=False)
         for number, prompt in enumerate(prompts)
@@ -61,6 +64,10 @@ def stream(
     Pieces hold whole characters and never a part of a stop string; put together they are `Answer.text`. Until the
     iterator is exhausted or closed the model stays in eval mode. Raises what `generate` raises.
     """
+    if options.beams > 1:  # which text wins is known at the end only
+        answer = beam_search(model, prompt, options=options, stop_ids=stop_ids, decode=decode)
+        yield Piece(answer.text or "", answer)
+        return
     request = Request(prompt, options, stop_ids, decode=decode)
     engine = Engine(model, slots=1, cache_tokens=_tokens_of(model, request))
     engine.submit(request)
