@@ -14,7 +14,6 @@ from zhibei.doctor import fresh, readback
 from zhibei.doctor.pitfall import CATALOGUE
 from zhibei.doctor.pitfalls import load_catalogue
 from zhibei.doctor.probes import (
-    Scene,
     adapters,
     evaluation,
     find_worst,
@@ -24,7 +23,9 @@ from zhibei.doctor.probes import (
     two_steps,
     zero_rate,
 )
-from zhibei.doctor.rehearsal import STEPS, rehearse, save
+from zhibei.doctor.rehearsal import STEPS, rehearse, steps_of
+from zhibei.doctor.saving import save
+from zhibei.doctor.scene import Scene
 from zhibei.doctor.watchdogs import WATCHDOGS
 from zhibei.doctor.worst import MOST_PASSES, worst_heldout, worst_of
 from zhibei.model.language_model import LanguageModel
@@ -56,7 +57,7 @@ def test_a_sound_run_passes_and_nothing_is_left_behind(tmp_path, name):
     before = sorted(path.name for path in tmp_path.iterdir())
     done = rehearse(resolved)
     assert [(one.finding.what, one.finding.where) for one in done.checkup.findings] == []
-    assert [step.name for step in done.steps] == list(STEPS)
+    assert [step.name for step in done.steps] == list(steps_of("sft"))
     assert not done.checkup.blocks
     assert sorted({path.name for path in tmp_path.iterdir()} - {"zhibei-cache"}) == before
     json.dumps(done.as_dict(), allow_nan=False)
@@ -96,7 +97,7 @@ def test_training_begins_with_a_rehearsal_where_it_is_asked_for(tmp_path):
     assert run_command(["train", str(tmp_path / "run.yaml"), "rehearse=always", "--quiet"]) in (0, None)
     stored = json.loads((tmp_path / "runs/small/rehearsal.json").read_text())
     assert stored["passed"]
-    assert [step["name"] for step in stored["steps"]] == list(STEPS)
+    assert [step["name"] for step in stored["steps"]] == list(steps_of("sft"))
 
 
 def test_the_worst_passes_are_the_worst_of_all_steps(tmp_path):
@@ -257,8 +258,8 @@ def test_what_is_written_is_as_large_as_planned(tmp_path, monkeypatch, settings)
     seen = save(scene, tmp_path)
     assert seen.problems == []
     assert seen.figures["checkpoint_bytes"] == pytest.approx(seen.figures["planned_bytes"], abs=40_000)
-    monkeypatch.setattr("zhibei.doctor.rehearsal.SMALL_FILES", 0)
-    monkeypatch.setattr("zhibei.doctor.rehearsal._plan_of", lambda scene: PlannedTooSmall)
+    monkeypatch.setattr("zhibei.doctor.saving.SMALL_FILES", 0)
+    monkeypatch.setattr("zhibei.doctor.saving.plan_of", lambda scene: PlannedTooSmall)
     (tmp_path / "again").mkdir()
     assert ids(save(scene, tmp_path / "again")) == ["disk-full-at-checkpoint"]
 

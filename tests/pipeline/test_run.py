@@ -55,7 +55,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, outcome, records
 
 
-def learned(path: Path) -> list[tuple[int, float]]:
+def learned(path: Path) -> list[tuple[int, Any]]:
     records = [record for record in read_metrics(path) if record["kind"] in ("train", "iteration")]
     return [(record["step"], record.get("loss", record.get("reward_mean"))) for record in records]
 

@@ -68,13 +68,11 @@ def rehearse(run: str, /, *overrides: str, json: bool = False) -> int:
 
 
 def is_wanted(resolved: ResolvedRun) -> bool:
-    """Whether this run is rehearsed before it starts (`rehearse` in its run file; auto: sft on a GPU)."""
+    """Whether this run is rehearsed before it starts (`rehearse` in its run file; auto: on a GPU)."""
     from zhibei.model.device import choose_device
 
     wanted = resolved.run.rehearse
-    return wanted == "always" or (
-        wanted == "auto" and resolved.run.stage == "sft" and choose_device(resolved.run.device).type == "cuda"
-    )
+    return wanted == "always" or (wanted == "auto" and choose_device(resolved.run.device).type == "cuda")
 
 
 def rehearse_before(resolved: ResolvedRun, *, quiet: bool) -> dict[str, Any]:

@@ -120,6 +120,11 @@ class Batches:
         self._total_items = max(total_rows_of(self.num_items, **length), 1)
         self._order_of_epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
+    @property
+    def item_lengths(self) -> np.ndarray:
+        """Tokens that each item takes of a forward pass: packed rows add up, padded ones are as long as the longest."""
+        return self._lengths
+
     def epoch_at(self, step: int) -> float:
         """Passes over the data once `step` steps are done."""
         return min(step * self.plan.global_batch, self._total_items) / self.num_items
@@ -158,7 +163,7 @@ class Batches:
         num_units = batch.num_units if plan.unit == "tokens" else len(items)
         return replace(batch, columns_I=columns_I, num_units=num_units)
 
-    def batch_of(self, items: Sequence[int]) -> Batch:
+    def batch_of(self, items: Sequence[int] | np.ndarray) -> Batch:
         """One forward pass over these items, whatever the token budget."""
         return self._pass(np.asarray(items))
 

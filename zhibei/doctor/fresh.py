@@ -41,20 +41,21 @@ def reload(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """The written model: the same tensors, finite, the same logits; its tokenizer gives the same ids."""
     import torch
 
+    from zhibei.doctor.saving import outputs_of
     from zhibei.model.load import load_for_inference
+    from zhibei.model.score_model import load_score_model_for_inference
     from zhibei.text.tokenizer import load_tokenizer
     from zhibei.train.step import checksums
 
     written = folder / "model"
     where = {name: request[name] for name in ("device", "precision", "base", "quantize")}
-    model = load_for_inference(str(written), **where)
+    is_scorer = request["kind"] == "reward"
+    model = (load_score_model_for_inference if is_scorer else load_for_inference)(str(written), **where)
     expected = request["checksums"]
     theirs = {name: p for name, p in model.hf.named_parameters() if name in expected}
     sums = dict(zip(theirs, checksums(theirs).tolist(), strict=True)) if theirs else {}
     differing = [name for name, value in expected.items() if sums.get(name) != value]
-    tokens = torch.as_tensor(request["probe_tokens"], device=model.device)[None]
-    with torch.no_grad(), model.sampling() as hf:
-        logits = hf(tokens, use_cache=False).logits[0].float().cpu().numpy()
+    logits = outputs_of(model, request["probe_tokens"])
     before = np.load(folder / "logits.npy", allow_pickle=False)
     tokenizer = load_tokenizer(str(written))
     return {
@@ -65,7 +66,8 @@ def reload(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         "difference": float(np.abs(logits - before).max()) if logits.shape == before.shape else None,
         "scale": float(np.abs(before).max()),
         "tokenizer": tokenizer.fingerprint,
-        "generation": _generate(model, tokenizer, written, request),
+        "probe_ids": tokenizer.encode(request["probe_text"]),
+        **({} if is_scorer else {"generation": _generate(model, tokenizer, written, request)}),
     }
 
 
@@ -95,21 +97,42 @@ def _generate(model: Any, tokenizer: Any, written: Path, request: Mapping[str, A
     }
 
 
-def resume(folder: Path, _request: Mapping[str, Any]) -> dict[str, Any]:
-    """The run as it would be resumed: the checkpoint is sound, and the next step has the loss it had before."""
-    from zhibei.doctor.worst import worst_of
+def resume(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The run as it would be resumed: the checkpoint is sound, and goes on where it was."""
     from zhibei.store.checkpoint import list_steps
-    from zhibei.train.materials import gather
-    from zhibei.train.resume import restore
 
     step, path = list_steps(folder / "checkpoints")[-1]
     problems = [str(problem) for problem in check_checkpoint(path, step=step)]
     if problems:
         return {"problem": "; ".join(problems), "to_do": "look at the disk (zhibei doctor)"}
-    materials = gather(read_run(str(folder / "resolved.yaml")))
+    return (_resume_policy if request["kind"] == "policy" else _resume_rows)(folder, path, step)
+
+
+def _resume_rows(folder: Path, path: Path, step: int) -> dict[str, Any]:
+    """The next step has the loss it had before."""
+    from zhibei.doctor.hard_items import hardest
+    from zhibei.store.run_dir import RunDir
+    from zhibei.train.materials import gather
+    from zhibei.train.resume import restore
+
+    materials, worst = hardest(gather(read_run(str(folder / "resolved.yaml"))), RunDir(folder), step=step)
     restore(path, materials.stepper, key=materials.rows.key)
-    record = materials.stepper.step(worst_of(materials.batches).first, learning_rate=0.0)
+    passes = materials.task.before_step(materials.model, worst.first)
+    record = materials.stepper.step(passes, learning_rate=0.0)
     return {"loss": record.loss, "step": step}
+
+
+def _resume_policy(folder: Path, path: Path, step: int) -> dict[str, Any]:
+    """Policy and critic are bit for bit what they were, and how far the run is."""
+    from zhibei.doctor.policy_rehearsal import role_sums
+    from zhibei.train.policy_materials import gather_policy
+    from zhibei.train.policy_state import restore_rest
+    from zhibei.train.resume import restore
+
+    parts = gather_policy(read_run(str(folder / "resolved.yaml")))
+    restore(path, parts.materials.stepper, key=parts.materials.rows.key)
+    state = restore_rest(path, parts)
+    return {"sums": role_sums(parts), "answers": state.answers, "step": step}
 
 
 PARTS: dict[str, Callable[[Path, Mapping[str, Any]], dict[str, Any]]] = {"reload": reload, "resume": resume}

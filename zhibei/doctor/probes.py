@@ -6,55 +6,31 @@ Each takes the scene and returns what it saw, and what is wrong as (pitfall id, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from zhibei.data.batches import Batch, collate_packed, collate_padded
+from zhibei.data.batches import Batch, Batches, collate_packed, collate_padded
+from zhibei.doctor.hard_items import hardest
 from zhibei.doctor.pitfall import Finding
-from zhibei.doctor.worst import Worst, worst_heldout, worst_of
+from zhibei.doctor.scene import Scene, Seen, evaluating, scene_worst
+from zhibei.doctor.worst import worst_heldout
+from zhibei.store.run_dir import RunDir
 from zhibei.train.materials import Materials
 from zhibei.train.step import NonFiniteStep, StepRecord, checksums
 
 MOST_SKIPS = 20
 GUESSING = 0.97
 NEAR_GUESSING = 0.8
-BOUNDS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
-"""Largest difference between logits that should be equal, as a share of the largest logit."""
 SUM_BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """The same for sums of losses."""
 
 
-@dataclass
-class Seen:
-    """What a probe did and found; `figures` are kept in rehearsal.json."""
-
-    detail: str
-    problems: list[tuple[str, Finding]] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Scene:
-    """The materials and what earlier probes left for later ones."""
-
-    materials: Materials
-    worst: Worst | None = None
-    first_loss: float | None = None
-    step_loss: float | None = None
-
-    @property
-    def bound(self) -> float:
-        return BOUNDS[self.materials.precision]
-
-
 def find_worst(scene: Scene) -> Seen:
     """Which batches are the hardest."""
-    scene.worst = worst_of(scene.materials.batches)
-    worst = scene.worst
+    scene.materials, worst = hardest(scene.materials, RunDir(scene.folder), step=0)
+    scene.worst = worst
     figures = {"tokens_in_one_pass": worst.tokens, "longest_row": worst.longest, "most_passes": worst.passes}
     return Seen(worst.text, figures=figures)
 
@@ -136,19 +112,21 @@ def split(scene: Scene) -> Seen:
     import torch
 
     materials = scene.materials
-    numbers = _short_rows(materials)
     model, loss_sum = materials.model, materials.task.plain_loss
-    parts = [_collated(materials, [number]) for number in numbers]
+    numbers = _short_rows(materials) if materials.task.unit == "token" else _short_items(materials)
     with torch.no_grad(), evaluating(model.hf):
-        whole = float(loss_sum(model, _collated(materials, numbers).to(model.device)))
+        together = materials.task.before_step(model, [materials.batches.batch_of(numbers)])
+        parts = materials.task.before_step(model, [materials.batches.batch_of([number]) for number in numbers])
+        whole = sum(float(loss_sum(model, part.to(model.device))) for part in together)
         cut = sum(float(loss_sum(model, part.to(model.device))) for part in parts)
     share = abs(whole - cut) / max(abs(whole), 1e-9)
-    detail = f"{len(numbers)} rows in one pass and one by one: {share:.1e} apart"
+    named = f"{len(numbers)} {'rows' if materials.task.unit == 'token' else 'items'}"
+    detail = f"{named} in one pass and one by one: {share:.1e} apart"
     if share <= SUM_BOUNDS[materials.precision]:
         return Seen(detail, figures={"difference": share})
     finding = Finding(
-        what=f"{len(numbers)} rows have a loss of {whole:.5g} in one pass and of {cut:.5g} one by one",
-        where="sft.micro_batch_tokens",
+        what=f"{named} have a loss of {whole:.5g} in one pass and of {cut:.5g} one by one",
+        where=f"{materials.run.stage}.micro_batch_tokens",
         to_do="set data.packing: false and model.attention: eager; if it stays, report this model family",
     )
     return Seen(detail, [("", finding)], {"difference": share})
@@ -190,8 +168,8 @@ def two_steps(scene: Scene) -> Seen:
         problems.append(
             ("ds-fp16-all-steps-skipped", Finding(
                 what=f"two steps at rate {rate:.3g} left {len(still):,} parameters as they were, e.g. {still[0]}",
-                where="sft.learning_rate",
-                to_do="raise the learning rate, or set sft.optimizer: adamw",
+                where=f"{materials.run.stage}.learning_rate",
+                to_do=f"raise the learning rate, or set {materials.run.stage}.optimizer: adamw",
                 evidence=tuple(still[:8]),
             ))
         )  # fmt: skip
@@ -237,6 +215,8 @@ def evaluation(scene: Scene) -> Seen:
     materials = scene.materials
     if materials.heldout is None:
         return Seen("no held-out rows in this run")
+    if materials.task.unit != "token":
+        return _judged_evaluation(materials, materials.heldout)
     batch = worst_heldout(materials.heldout)
     with torch.no_grad(), evaluating(materials.model.hf):
         total = float(materials.task.plain_loss(materials.model, batch.to(materials.model.device)))
@@ -248,6 +228,21 @@ def evaluation(scene: Scene) -> Seen:
     return Seen(detail, [("", _not_finite(f"the held-out loss of the longest rows is {loss}", names))])
 
 
+def _judged_evaluation(materials: Materials, heldout: Batches) -> Seen:
+    """Pairs and judged answers are evaluated together: accuracy and margins are figures of all of them."""
+    seen = materials.task.evaluate(materials, heldout)
+    detail = f"{heldout.num_items} of the longest held-out items, loss {seen.loss:.4f}"
+    if math.isfinite(seen.loss):
+        return Seen(detail, figures={"loss": seen.loss})
+    return Seen(detail, [("", _not_finite(f"the held-out loss of the longest is {seen.loss}", heldout.rows.row_ids))])
+
+
+def reference(scene: Scene) -> Seen:
+    """Policy and reference are one before the first step, and the reference stays when the policy moves."""
+    scene.materials.task.probe(scene.materials)
+    return Seen("the reference is what the run starts from, and stays it")
+
+
 def _not_finite(what: str, row_ids: Sequence[str]) -> Finding:
     return Finding(
         what=what,
@@ -255,11 +250,6 @@ def _not_finite(what: str, row_ids: Sequence[str]) -> Finding:
         to_do="set model.precision: bf16 or fp32; look at the rows with zhibei data show",
         evidence=tuple(row_ids[:8]),
     )
-
-
-def scene_worst(scene: Scene) -> Worst:
-    assert scene.worst is not None, "find_worst comes first"
-    return scene.worst
 
 
 def state_sums(materials: Materials) -> dict[str, tuple[int, ...]]:
@@ -283,11 +273,12 @@ def _step(scene: Scene, batches: list[Batch], *, rate: float) -> tuple[StepRecor
     materials = scene.materials
     try:
         for _ in range(MOST_SKIPS):
-            record = materials.stepper.step(batches, learning_rate=rate)
+            passes = materials.task.before_step(materials.model, batches)
+            record = materials.stepper.step(passes, learning_rate=rate)
             if not record.was_skipped:
                 return record, []
     except NonFiniteStep as problem:
-        rows = [materials.rows.train.row_ids[number] for number in problem.row_numbers]
+        rows = [materials.batches.rows.row_ids[number] for number in problem.row_numbers]
         finding = _not_finite(f"{problem.what} on the worst batch", rows)
         return None, [("fp16-on-bf16-pretrained-nan" if materials.precision == "fp16" else "", finding)]
     finding = Finding(
@@ -346,6 +337,14 @@ def _short_rows(materials: Materials) -> list[int]:
     return chosen
 
 
+def _short_items(materials: Materials) -> list[int]:
+    """A few short items that fit into one pass together."""
+    lengths, plan = materials.batches.item_lengths, materials.batches.plan
+    shortest = np.argsort(lengths, kind="stable")[:3]
+    room = plan.micro_batch_tokens // (1 if plan.packing else plan.rows_per_item)
+    return [int(n) for n in shortest[: max(1, min(3, room // max(1, int(lengths[shortest].max()))))]]
+
+
 def _collated(materials: Materials, numbers: Sequence[int]) -> Batch:
     collate = collate_packed if materials.run.data.packing else collate_padded
     return collate(materials.rows.train, list(numbers), materials.batches.plan)
@@ -357,14 +356,3 @@ def _row_hidden(model: Any, batch: Batch, place: int) -> Any:
     length = batch.row_lengths[place]
     start = sum(batch.row_lengths[:place]) if batch.borders is not None else place * batch.tokens_BT.shape[1]
     return hidden_ND[start : start + length]
-
-
-@contextmanager
-def evaluating(hf: Any) -> Iterator[None]:
-    """The model without dropout, and afterwards as it was."""
-    was_training = hf.training
-    hf.eval()
-    try:
-        yield
-    finally:
-        hf.train(was_training)

@@ -13,7 +13,8 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.doctor.pitfall import Finding
-from zhibei.doctor.probes import SUM_BOUNDS, Seen
+from zhibei.doctor.probes import SUM_BOUNDS
+from zhibei.doctor.scene import Seen
 from zhibei.store.files import read_json
 
 FRESH_SECONDS = 1800
@@ -47,15 +48,21 @@ def reload(folder: Path, answer: dict[str, Any]) -> Seen:
             f"logits differ by {found['difference']} after reading the model back",
             "report it: what was written is not the trained model",
         )
-    if found["tokenizer"] != request["tokenizer"] or found["generation"]["probe_ids"] != request["probe_ids"]:
+    if found["tokenizer"] != request["tokenizer"] or _written_ids(found) != request["probe_ids"]:
         wrong(
             "tokenizer-not-saved-with-model",
             "the written tokenizer gives other ids than the one in training",
             "set model.tokenizer to the tokenizer as transformers saves it (save_pretrained), and check again",
-            (f"training: {request['probe_ids'][:12]}", f"written: {found['generation']['probe_ids'][:12]}"),
+            (f"training: {request['probe_ids'][:12]}", f"written: {_written_ids(found)[:12]}"),
         )
-    return Seen(f"{found['tensors']:,} tensors equal, logits {found['difference']} apart", problems,
+    what = "scores" if request["kind"] == "reward" else "logits"
+    return Seen(f"{found['tensors']:,} tensors equal, {what} {found['difference']} apart", problems,
                 {"difference": found["difference"]})  # fmt: skip
+
+
+def _written_ids(found: Mapping[str, Any]) -> list[int]:
+    """What the written tokenizer makes of the probe text: as transformers reads it where it answers prompts."""
+    return found.get("generation", found)["probe_ids"]
 
 
 def generated(folder: Path, answer: Mapping[str, Any]) -> Seen:
@@ -84,6 +91,8 @@ def resumed(folder: Path, answer: Mapping[str, Any]) -> Seen:
         finding = Finding(f"the checkpoint cannot be resumed: {found['problem']}", "the checkpoint", found["to_do"])
         return Seen(found["problem"], [("lora-resume-weights-not-loaded", finding)])
     request = read_json(folder / "request.json")
+    if request["kind"] == "policy":
+        return _resumed_policy(request, found)
     before, after = float(request["after"]), float(found["loss"])
     detail = f"loss {after:.5f} after resuming, {before:.5f} before"
     if abs(before - after) <= 10 * SUM_BOUNDS[request["precision"]] * max(1.0, abs(before)):
@@ -94,6 +103,21 @@ def resumed(folder: Path, answer: Mapping[str, Any]) -> Seen:
         to_do="report it: a resumed run would not go on where it stopped",
     )
     return Seen(detail, [("lora-resume-weights-not-loaded", finding)])
+
+
+def _resumed_policy(request: Mapping[str, Any], found: Mapping[str, Any]) -> Seen:
+    differing = [name for name, value in request["roles"].items() if found["sums"].get(name) != value]
+    detail = f"{len(request['roles']):,} tensors of policy and critic are as they were, {found['answers']} answers on"
+    if not differing and found["answers"] == request["answers"]:
+        return Seen(detail, figures={"answers": found["answers"]})
+    finding = Finding(
+        what=f"after resuming {len(differing)} tensors of policy or critic are others, and {found['answers']} of "
+        f"{request['answers']} answers are counted",
+        where="the checkpoint",
+        to_do="report it: a resumed run would not go on where it stopped",
+        evidence=tuple(differing[:8]),
+    )
+    return Seen(finding.what, [("lora-resume-weights-not-loaded", finding)])
 
 
 def run_fresh(folder: Path) -> dict[str, Any]:
