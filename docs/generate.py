@@ -20,7 +20,7 @@ from zhibei.config import effects
 from zhibei.config.effects import GENERAL_RULES, section_of_another_stage, training_rules
 from zhibei.config.foreign import FOREIGN_NAMES
 from zhibei.config.layers import dotted
-from zhibei.config.read import read_run, recipe_names, recipe_text
+from zhibei.config.read import COMPAT, PIPELINE, read_run, recipe_names, recipe_text, shipped, shipped_text
 from zhibei.config.resolve import value_of, yaml_value
 from zhibei.config.run import AnsweringSection, RunFile, Source, TrainingSection
 from zhibei.config.words import describe_field, is_section
@@ -149,9 +149,39 @@ def recipes_page() -> str:
         "Published settings, shipped as run files: `zhibei train NAME model.path=... data.sources=[...]`.\n",
     ]
     parts.append(_recipe_table())
+    parts.append(
+        "## Several stages as one file\n\n`zhibei run NAME model.path=...` runs them one after the other "
+        "([pipelines.md](pipelines.md)).\n"
+    )
+    for name in shipped(PIPELINE):
+        parts.append(f"### {name} (pipeline)\n\n```yaml\n{shipped_text(name, PIPELINE)}```\n")
+    for name in shipped(COMPAT):
+        parts.append(_compat_text(name))
     for name in recipe_names():
         parts.append(f"## {name}\n\n```yaml\n{recipe_text(name)}```\n")
     return "\n".join(parts)
+
+
+def _compat_text(name: str) -> str:
+    """Every number of a compat set beside what each recipe has, and the set with its sources."""
+    lines = [
+        f"## --compat {name}\n",
+        f"`zhibei train NAME --compat {name}` lays these over a recipe; `zhibei config` shows them as their origin.\n",
+        "| field | in the set | recipe: its own |",
+        "| --- | --- | --- |",
+    ]
+    found: dict[tuple[str, str], list[str]] = {}
+    for recipe in recipe_names():
+        if not recipe.startswith(name.partition("-")[0]):
+            continue
+        own, theirs = read_run(recipe), read_run(recipe, [f"compat={name}"])
+        for key, origin in theirs.origins.items():
+            if origin == f"compat {name}":
+                value = (key, _shown(value_of(theirs.run, key)))
+                found.setdefault(value, []).append(f"{recipe}: {_shown(value_of(own.run, key))}")
+    for (key, value), recipes in sorted(found.items()):
+        lines.append(f"| `{key}` | {value} | {', '.join(recipes)} |")
+    return "\n".join(lines) + f"\n\n```yaml\n{shipped_text(name, COMPAT)}```\n"
 
 
 def _recipe_table() -> str:

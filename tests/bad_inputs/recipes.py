@@ -14,6 +14,8 @@ MACHINES = {
     "alpaca-7b-v100": "v100-32g:8",
     "alpaca-lora-7b": "a100-40g",
     "alpaca-lora-7b-official": "a100-40g",
+    "coati-7b-sft": "h200",
+    "coati-7b-sft-lora": "a100-40g",
     "vicuna-7b": "h200",
     "vicuna-13b": "h200:8",
     "vicuna-7b-qlora": "rtx4090",

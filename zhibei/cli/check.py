@@ -13,7 +13,7 @@ from rich.text import Text
 from zhibei.cli import console
 from zhibei.cli.progress import Mode, ProgressLine, choose_mode
 from zhibei.config.errors import DONE, USER_MUST_ACT, UserError
-from zhibei.config.read import read_what_is_sound, recipe_names
+from zhibei.config.read import read_what_is_sound, recipe_names, with_compat_set
 from zhibei.config.resolve import ResolvedRun, yaml_value
 from zhibei.pipeline.file import is_pipeline
 from zhibei.store.run_dir import RunDir
@@ -38,6 +38,7 @@ def check(
     run: str,
     /,
     *overrides: str,
+    compat: str = "",
     fix: bool = False,
     machine: str = "",
     area: str = "",
@@ -60,6 +61,8 @@ def check(
         A run file, a recipe, a run directory, or a pipeline file (every stage is checked).
     overrides
         Settings laid over it, such as sft.epochs=1.
+    compat
+        A set of numbers to be laid over the recipe: coati-2023 (docs/recipes.md says what it changes).
     fix
         Show the safe changes as a diff and write them into a copy of the run file (my_run.fixed.yaml).
     machine
@@ -70,6 +73,7 @@ def check(
         One JSON document.
     """
     started = time.monotonic()
+    overrides = with_compat_set(overrides, compat)
     if is_pipeline(run):
         return _check_pipeline(run, overrides, fix=fix, area=area, machine=machine, json=json)
     resolved, fault = read_what_is_sound(run, overrides)

@@ -11,18 +11,21 @@ from rich.text import Text
 from zhibei.cli import console
 from zhibei.config.errors import UserError
 from zhibei.config.faults import nearest_name
-from zhibei.config.read import read_run, recipe_names, recipe_text
+from zhibei.config.read import read_run, recipe_names, recipe_text, with_compat_set
 from zhibei.config.resolve import ResolvedRun, render_resolved, value_of
 from zhibei.config.run import RunFile
 from zhibei.config.words import describe_field, is_section, leaf_fields
 
-ORIGIN_STYLES = {"default": "dim", "planned": "magenta", "command line": "yellow", "recipe": "cyan"}
+ORIGIN_STYLES = {
+    "default": "dim", "planned": "magenta", "command line": "yellow", "recipe": "cyan", "compat": "cyan",
+}  # fmt: skip
 
 
 def config(
     run: str = "",
     /,
     *overrides: str,
+    compat: str = "",
     json: bool = False,
     schema: bool = False,
     recipes: bool = False,
@@ -45,6 +48,8 @@ def config(
         A run file, a recipe, or a run directory.
     overrides
         Settings laid over it, such as sft.learning_rate=1e-4.
+    compat
+        A set of numbers to be laid over the recipe: coati-2023 (docs/recipes.md says what it changes).
     json
         One JSON document: values, origins and notes.
     schema
@@ -61,7 +66,7 @@ def config(
     elif recipes:
         console.emit(*_recipes(run, json))
     elif run:
-        resolved = read_run(run, overrides)
+        resolved = read_run(run, with_compat_set(overrides, compat))
         console.emit(*((_as_json(resolved), True) if json else (_coloured(render_resolved(resolved)), False)))
     else:
         raise UserError(

@@ -6,7 +6,7 @@ from zhibei.cli import console
 from zhibei.cli.plan_text import lines
 from zhibei.cli.run import look_at
 from zhibei.config.errors import DONE, USER_MUST_ACT, UserError
-from zhibei.config.read import read_run
+from zhibei.config.read import read_run, with_compat_set
 from zhibei.doctor.outlook import look_ahead
 from zhibei.pipeline.file import is_pipeline
 
@@ -15,6 +15,7 @@ def plan(
     run: str,
     /,
     *overrides: str,
+    compat: str = "",
     machine: str = "",
     price: float | None = None,
     sharding: str = "",
@@ -39,6 +40,8 @@ def plan(
         A run file, a recipe, a run directory, or a pipeline file (a line for every stage).
     overrides
         Settings laid over it, such as sft.micro_batch_tokens=8192.
+    compat
+        A set of numbers to be laid over the recipe: coati-2023 (docs/recipes.md says what it changes).
     machine
         Plan for another machine: v100-32g:4, a100-40g:4, rtx4090, t4, h100-80g:8x2, cpu, or a YAML file.
     price
@@ -58,6 +61,7 @@ def plan(
             expected="a price of one GPU for one hour: 0 or more",
             fix="leave it out, or give a number such as --price 1.20",
         )
+    overrides = with_compat_set(overrides, compat)
     if is_pipeline(run):
         _require_plain(price=price, sharding=sharding, offload=offload)
         return look_at(run, overrides, machine=machine, json=json)

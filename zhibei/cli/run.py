@@ -17,6 +17,7 @@ from zhibei.cli.check import lines_of, machine_of
 from zhibei.cli.progress import ProgressLine, as_duration, choose_mode
 from zhibei.cli.rehearse import is_wanted, rehearse_before
 from zhibei.config.errors import DONE, USER_MUST_ACT
+from zhibei.config.read import with_compat_set
 from zhibei.config.resolve import ResolvedRun
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 NEWS = ("started", "resumed", "stopped", "interrupted", "warning", "evaluated", "rolled back")
 
 
-def run(pipeline: Path, /, *overrides: str, dry_run: bool = False, quiet: bool = False, json: bool = False) -> int:
+def run(
+    pipeline: str, /, *overrides: str, compat: str = "", dry_run: bool = False, quiet: bool = False, json: bool = False
+) -> int:
     """Run several stages as one file: SFT, reward model, PPO, evaluation.
 
     Or DPO, GRPO, RAFT in place of PPO, and any order of them. Everything is checked before anything runs. Stopped at
@@ -37,15 +40,19 @@ def run(pipeline: Path, /, *overrides: str, dry_run: bool = False, quiet: bool =
 
       zhibei run pipeline.yaml
       zhibei run pipeline.yaml --dry-run
+      zhibei run coati-7b model.path=llama-7b --compat coati-2023 --dry-run
       zhibei run pipeline.yaml model.path=llama-7b runs=/data/runs name=second
       zhibei run pipeline.yaml stages.ppo.ppo.learning_rate=1e-6 stages.sft.sft.epochs=2
 
     Parameters
     ----------
     pipeline
-        A pipeline file: shared settings, and `stages:` with one entry for each (docs/pipelines.md).
+        A pipeline file: shared settings, and `stages:` with one entry for each (docs/pipelines.md); or a shipped one,
+        coati-7b.
     overrides
         Settings laid over it: model.path=... for all stages, stages.NAME.section.field=... for one.
+    compat
+        A set of numbers to be laid over the recipe: coati-2023 (docs/recipes.md says what it changes).
     dry_run
         Check every stage and show memory, disk and time of each; load no weights, write no run.
     quiet
@@ -56,6 +63,7 @@ def run(pipeline: Path, /, *overrides: str, dry_run: bool = False, quiet: bool =
     from zhibei.pipeline.file import read_pipeline
     from zhibei.pipeline.run import run_pipeline
 
+    overrides = with_compat_set(overrides, compat)
     read = read_pipeline(pipeline, overrides)
     if dry_run:
         return look_at(pipeline, overrides, json=json, quiet=quiet)

@@ -11,7 +11,7 @@ from zhibei.cli.check import examine, lines_of
 from zhibei.cli.progress import ProgressLine, choose_mode
 from zhibei.cli.rehearse import is_wanted, rehearse_before
 from zhibei.config.errors import USER_MUST_ACT, UserError
-from zhibei.config.read import read_run
+from zhibei.config.read import read_run, with_compat_set
 from zhibei.config.resolve import ResolvedRun
 from zhibei.store.run_dir import RunDir
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from zhibei.doctor.checkup import Checkup
 
 
-def train(run: str, /, *overrides: str, dry_run: bool = False, quiet: bool = False, json: bool = False) -> int | None:
+def train(
+    run: str, /, *overrides: str, compat: str = "", dry_run: bool = False, quiet: bool = False, json: bool = False
+) -> int | None:
     """Fine-tune a model as a run file or recipe says.
 
     Examples:
@@ -35,6 +37,8 @@ def train(run: str, /, *overrides: str, dry_run: bool = False, quiet: bool = Fal
         A run file or the name of a recipe (zhibei config --recipes).
     overrides
         Settings laid over it, such as sft.epochs=1.
+    compat
+        A set of numbers to be laid over the recipe: coati-2023 (docs/recipes.md says what it changes).
     dry_run
         Read the run file, prepare and audit every row, say what would be trained; load no weights, write no run.
     quiet
@@ -42,7 +46,7 @@ def train(run: str, /, *overrides: str, dry_run: bool = False, quiet: bool = Fal
     json
         Every record as one JSON line.
     """
-    resolved = read_run(run, overrides)
+    resolved = read_run(run, with_compat_set(overrides, compat))
     if dry_run:
         return _dry_run(resolved, as_json=json, quiet=quiet)
     return _train(resolved, None, quiet=quiet, as_json=json)

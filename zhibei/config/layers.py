@@ -41,7 +41,7 @@ class Layer:
 
     def origin(self, path: KeyPath) -> str:
         """`recipe alpaca-7b`, `run.yaml:12` or `command line`."""
-        if self.source == COMMAND_LINE or self.source.startswith("recipe "):
+        if self.source == COMMAND_LINE or self.source.startswith(("recipe ", "compat ")):
             return self.source
         place = self.place(path, at_key=True)
         return f"{self.source.rpartition('/')[2]}:{place.line}" if place else self.source

@@ -15,7 +15,7 @@ BETAS = {
     # Rafailov et al. (arXiv:2305.18290, appendix B); Azar et al. (arXiv:2310.12036, section 5.4) sweep 0.1 to 1.
     "dpo": 0.1,
     "ipo": 0.1,
-    # Meng et al. (arXiv:2405.14734, table 7): 2.0 for base models.
+    # github.com/princeton-nlp/SimPO, training_configs: 2.0 for mistral-7b-base and llama-3-8b-base (commit 3e9c4cc3).
     "simpo": 2.0,
     # Ethayarajh et al. (arXiv:2402.01306, section 4.3).
     "kto": 0.1,
@@ -51,7 +51,8 @@ class DpoSection(AnsweringSection):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """loss: dpo only. The chance that a pair is labelled the wrong way round (conservative DPO)."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
-    """loss: simpo only. By how much the chosen answer must win, in the units of beta times nats per token."""
+    """loss: simpo only. By how much the chosen answer must win, in the units of beta times nats per token. 1 is what
+    its authors took for llama-3-8b-base (half of beta), 1.6 for mistral-7b-base (princeton-nlp/SimPO)."""
     odds_weight: Annotated[float, Field(ge=0)] = 0.1
     """loss: orpo only. Weight of the odds ratio beside the cross-entropy of the chosen answer (lambda in the paper)."""
     good_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -1,6 +1,6 @@
 """A path or recipe and `section.field=value` settings -> a checked run file. Knows files and names, no stage.
 
-Layers, the later winning: defaults, recipe, file, command line. All faults of a run file are reported together.
+Layers, the later winning: defaults, recipe, compat set, file, command line. All faults of a run file are told together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zhibei.config.run import RunFile
 from zhibei.config.words import field_at, is_section, leaf_fields
 from zhibei.config.yaml_tree import KeyPath, Tree, near_files, parse, read_text
 
-RECIPE_RANK, FILE_RANK, COMMAND_LINE_RANK = 1, 2, 3
+RECIPE_RANK, COMPAT_RANK, FILE_RANK, COMMAND_LINE_RANK = 1, 2, 3, 4
 FILES_OF_A_RUN = ("resolved.yaml", "run.yaml")
 
 
@@ -93,6 +93,7 @@ def _read(path_or_recipe: str | Path, overrides: Sequence[str]) -> _Read:
 
 
 def _laid(layers: Sequence[Layer], *, name: str, text: str) -> _Read:
+    layers = with_compat(layers)
     merged = Merged()
     for layer in layers:
         _open_empty_sections(layer.tree)
@@ -123,10 +124,62 @@ def _without_faults(merged: Merged, error: ValidationError) -> bool:
     return was_taken
 
 
+def with_compat(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with the numbers of the set that `compat` names in one of them, above recipes and below files.
+
+    Raises UserError for a set that is not there, or that says nothing of the stage.
+    """
+    named = [layer for layer in layers if isinstance(layer.tree.value, dict) and "compat" in layer.tree.value]
+    if not named:
+        return list(layers)
+    where = named[-1].where(("compat",))
+    name = str([layer.tree.value.pop("compat") for layer in named][-1])
+    stages = [layer.tree.value["stage"] for layer in layers if "stage" in (layer.tree.value or {})]
+    if name not in shipped(COMPAT):
+        near = difflib.get_close_matches(name, shipped(COMPAT), n=1, cutoff=0.4)
+        raise UserError(
+            f"there is no compat set {name!r}",
+            expected=f"one of {', '.join(shipped(COMPAT))}",
+            fix=f"did you mean {near[0]}?" if near else "choose one of them, or remove it",
+            where=where,
+        )
+    tree = parse(shipped_text(name, COMPAT), source=f"compat {name}")
+    stage = str(stages[-1] if stages else "sft")
+    if stage not in tree.value:
+        raise UserError(
+            f"the compat set {name} says nothing of stage {stage}",
+            expected=f"a run of stage {', '.join(tree.value)}",
+            fix="remove it from this run",
+            where=where,
+        )
+    layer = Layer(COMPAT_RANK, f"compat {name}", Tree(value=tree.value[stage]))
+    place = sum(one.source.startswith("recipe ") for one in layers)
+    return [*layers[:place], layer, *layers[place:]]
+
+
+def with_compat_set(overrides: Sequence[str], name: str) -> tuple[str, ...]:
+    """The settings of a command line with what its option --compat asks for."""
+    return (*overrides, f"compat={name}") if name else tuple(overrides)
+
+
+COMPAT, PIPELINE = ".compat", ".pipeline"
+"""What stands before .yaml in the name of a shipped file that is no recipe of a single run."""
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the shipped files of a kind, sorted."""
+    names = [entry.name for entry in (resources.files("zhibei") / "recipes").iterdir()]
+    return sorted(name.removesuffix(f"{kind}.yaml") for name in names if name.endswith(f"{kind}.yaml"))
+
+
+def shipped_text(name: str, kind: str) -> str:
+    """The text of a shipped file, comments included."""
+    return (resources.files("zhibei") / "recipes" / f"{name}{kind}.yaml").read_text(encoding="utf-8")
+
+
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted."""
-    folder = resources.files("zhibei") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """Names of the shipped recipes of single runs, sorted."""
+    return [name for name in shipped("") if "." not in name]
 
 
 def recipe_text(name: str) -> str:
@@ -138,7 +191,7 @@ def recipe_text(name: str) -> str:
             expected=f"one of {', '.join(recipe_names())}",
             fix=f"did you mean {near[0]}?" if near else "choose one of them, or remove the key recipe",
         )
-    return (resources.files("zhibei") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return shipped_text(name, "")
 
 
 def _run_file(path: Path) -> Path:
@@ -213,8 +266,10 @@ def _checked(merged: Merged) -> tuple[RunFile, list[str]]:
             for field in {misfit.field: misfit for misfit in gives_way}.values():
                 layer = merged.setter(field.field)
                 origin = layer.origin(field.field) if layer else DEFAULT
-                notes.append(f"{dotted(field.field)} ({origin}) has no effect any more: {field.rule.why}")
                 merged.remove(field.field)
+                if origin.startswith("compat "):
+                    continue  # a set speaks of full training and of adapters; a run has one of them
+                notes.append(f"{dotted(field.field)} ({origin}) has no effect any more: {field.rule.why}")
 
 
 def _misfits(error: ValidationError) -> list[Misfit]:
@@ -223,8 +278,11 @@ def _misfits(error: ValidationError) -> list[Misfit]:
 
 
 def _gives_way(misfit: Misfit, merged: Merged) -> bool:
+    """What a higher layer made idle; and whatever is idle of a compat set, which speaks of adapters too."""
     if misfit.rule.is_conflict:
         return False
+    if (owner := merged.setter(misfit.field)) is not None and owner.source.startswith("compat "):
+        return True
     setter, cause = merged.setter(misfit.field), merged.setter(misfit.rule.cause)
     return (setter.rank if setter else 0) < (cause.rank if cause else 0)
 

@@ -15,7 +15,7 @@ from typing import Any
 from zhibei.config.errors import SeveralErrors, UserError
 from zhibei.config.faults import show_value
 from zhibei.config.layers import Layer, Merged, command_line_layer
-from zhibei.config.read import recipe_layer, resolve_layers
+from zhibei.config.read import PIPELINE, recipe_layer, resolve_layers, shipped, shipped_text, with_compat
 from zhibei.config.resolve import ResolvedRun
 from zhibei.config.run import RunFile
 from zhibei.config.yaml_tree import KeyPath, Tree, parse, read_text
@@ -24,10 +24,10 @@ from zhibei.pipeline.references import find_references, with_places
 from zhibei.pipeline.run_text import run_file_text
 from zhibei.pipeline.settings import read_settings
 
-SHARED_RANK, SHARED_LINE_RANK, STAGE_RANK, STAGE_LINE_RANK = 2, 3, 4, 5
-"""Recipe (1), what all stages share in the file and on the command line, one stage in the file and there."""
+SHARED_RANK, SHARED_LINE_RANK, STAGE_RANK, STAGE_LINE_RANK = 3, 4, 5, 6
+"""Above recipe and compat set: what all stages share, in the file and on the command line; then what one stage has."""
 OWN_KEYS = ("name", "runs", "stages")
-SHARED_KEYS = tuple(key for key in RunFile.model_fields if key not in ("name", "runs", "stage", *KINDS))
+SHARED_KEYS = (*(key for key in RunFile.model_fields if key not in ("name", "runs", "stage", *KINDS)), "compat")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Pipeline:
 def is_pipeline(path: str | Path) -> bool:
     """Whether a file, or a shipped recipe, describes several stages; False for what cannot be read."""
     given = str(path)
+    if given in shipped(PIPELINE) and not Path(path).exists():
+        return True
     if not given.endswith((".yaml", ".yml")) or not Path(path).is_file():
         return False
     try:
@@ -101,12 +103,14 @@ def is_pipeline(path: str | Path) -> bool:
 
 
 def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file with settings such as `stages.ppo.ppo.learning_rate=1e-6` or `model.path=...` laid over it.
+    """Read a pipeline file, or a shipped one by its name, with settings laid over it such as `model.path=...` or
+    `stages.ppo.ppo.learning_rate=1e-6`.
 
     Raises UserError (SeveralErrors when there are several faults), each with its place.
     """
     path = Path(path)
-    text = read_text(path)
+    is_shipped = str(path) in shipped(PIPELINE) and not path.exists()
+    text = shipped_text(str(path), PIPELINE) if is_shipped else read_text(path)
     tree = _parsed(text, str(path))
     layer = Layer(SHARED_RANK, str(path), tree)
     listed = _require_form(layer)
@@ -304,6 +308,7 @@ def _stage(
     if kind not in KINDS:
         raise _unknown_kind(name, kind, merged, where)
     is_run = KINDS[kind].trains
+    layers = _own_compat(layers, str(kind)) if is_run else layers
     for layer in layers:
         for key in ("stage", *(["recipe"] if is_run else [])):
             layer.tree.value.pop(key, None)
@@ -316,6 +321,14 @@ def _stage(
     stage = Stage(name, kind, tuple(layers), where, settings=settings)
     references, faults = find_references(stage, merged, earlier, names)
     return replace(stage, references=references), faults
+
+
+def _own_compat(layers: list[Layer], kind: str) -> list[Layer]:
+    """The layers with the compat set; every stage has a copy of what is shared, since the name is taken out of it."""
+    copies = [replace(one, tree=replace(one.tree, value=copy.deepcopy(one.tree.value))) for one in layers]
+    if "stage" not in copies[-1].tree.value:
+        copies[-1].tree.value["stage"] = kind
+    return with_compat(copies)
 
 
 def _merged(layers: Sequence[Layer]) -> Merged:

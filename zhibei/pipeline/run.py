@@ -57,7 +57,8 @@ def run_pipeline(
     take_folder(pipeline)
     write_text_atomic(pipeline.folder / PIPELINE_COPY, pipeline.text)
     for number, one in enumerate(found, start=1):
-        text = {"finished": "done already", "interrupted": "goes on", "new": ABOUT.get(one.stage.kind, "")}[one.state]
+        about = ABOUT.get(one.stage.kind, one.stage.kind)
+        text = {"finished": "done already", "interrupted": "goes on", "new": about}[one.state]
         watch({**stage_record(one.stage.name, text), "stage": one.stage.kind, "number": number, "of": len(found)})
         if one.state != "finished":
             note_asked(pipeline, one.stage)
