@@ -28,12 +28,14 @@ from zhibei.export.hand_over import (
 )
 from zhibei.export.hub_folder import MADE_FROM, TOKENIZER, complete_folder, name_of, new_folder, write_merged
 from zhibei.export.meta_weights import read_meta, same_as_meta, write_meta
+from zhibei.export.probes import TEXTS
 from zhibei.export.proof import note_hand_over
 from zhibei.export.sources import find_merge, local_folder
 from zhibei.model.device import choose_device
 from zhibei.model.locate import Located, locate
 from zhibei.store.files import read_json, write_json_atomic
 from zhibei.store.manifest import model_fingerprint, read_manifest, recorded
+from zhibei.text.tokenizer import load_tokenizer
 
 DTYPE_WORDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -111,7 +113,24 @@ def _tokenizer_of_meta(source: Path, folder: Path, given: str | None) -> tuple[s
 
     shutil.copyfile(file, folder / "tokenizer.model")
     LlamaTokenizerFast.from_pretrained(str(folder), legacy=True).save_pretrained(str(folder))
-    return ()
+    return _against_pieces(file, folder)
+
+
+def _against_pieces(file: Path, folder: Path) -> tuple[str, ...]:
+    """Whether the converted tokenizer reads the probe texts as SentencePiece itself does."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        return ("the converted tokenizer was not compared: pip install sentencepiece, and export again",)
+    pieces, tokenizer = SentencePieceProcessor(model_file=str(file)), load_tokenizer(str(folder))
+    plain = [text for text in TEXTS if not any(mark in text for mark in tokenizer.special_strings)]
+    odd = [text for text in plain if list(pieces.encode(text)) != tokenizer.encode(text)]
+    if not odd:
+        return (f"the converted tokenizer reads {len(plain)} probe texts as SentencePiece does",)
+    return (
+        f"the converted tokenizer reads {len(odd)} of {len(plain)} probe texts unlike SentencePiece, whose model rewrites "
+        f"spaces in its own way, e.g. {odd[0]!r}: give a folder with the right tokenizer.json, --base FOLDER",
+    )
 
 
 def to_difference(path: str, wanted: Wanted) -> HandedOver:

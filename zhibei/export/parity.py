@@ -116,7 +116,7 @@ class ParityReport:
         if found := self.failures(limits):
             raise UserError(
                 f"{self.other.name} is not the model that {self.reference.name} is: {'; '.join(found)}",
-                expected=limits.reason,
+                expected=f"the same tokens for the same words, and {limits.reason}",
                 fix="keep what it was made from, which is untouched; if the rows are unlike what the model is for, "
                 "name a text of yours to compare on, or choose a form that loses less",
                 where=self.other.name,
