@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zhibei.generate.gguf_words import prompt_tokens, template_of
+from zhibei.generate.gguf_words import prompt_tokens, wording_of
 from zhibei.generate.llama_cpp import GgufModel
 from zhibei.text.messages import Message
 
@@ -50,7 +50,7 @@ class GgufSide:
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Raises UserError where the file has no template, and where it refuses the messages."""
         model = self._vocabulary()
-        return prompt_tokens(model, template_of(model, asked=self.template), messages)
+        return prompt_tokens(model, wording_of(model, asked=self.template), messages)
 
     def close(self) -> None:
         for model in (self._words, self._model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,21 @@ def rows_of_text(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 def heldout_rows(run: RunDir) -> list[list[int]] | None:
     """Held-out rows (else training rows) of a run from the cache of prepared data; None when they are not there."""
+    prepared = _prepared(run)
+    for rows in (prepared.heldout, prepared.train) if prepared else ():
+        if len(rows):
+            return _lists(rows, most=MOST_ROWS * 4)
+    return None
+
+
+def training_rows(run: RunDir, *, most: int) -> list[list[int]] | None:
+    """The first `most` training rows of a run; None when the cache does not have them any more."""
+    prepared = _prepared(run)
+    return _lists(prepared.train, most=most) if prepared else None
+
+
+def _prepared(run: RunDir) -> Any:
+    """The prepared rows that a run was trained on, from the cache, or None."""
     if not (run.manifest.is_file() and run.resolved.is_file()):
         return None
     key = recorded(read_manifest(run.path), "prepared_key")
@@ -88,16 +104,12 @@ def heldout_rows(run: RunDir) -> list[list[int]] | None:
     if not folder.is_dir() or fault_of(folder):
         return None
     kind = read_json(folder / "index.json")["kind"]
-    prepared = read_prepared(folder) if kind == "rows" else read_prepared_answers(folder)
-    for rows in (prepared.heldout, prepared.train):
-        if len(rows):
-            return _lists(rows)
-    return None
+    return read_prepared(folder) if kind == "rows" else read_prepared_answers(folder)
 
 
-def _lists(rows: PreparedRows | AnswerRows) -> list[list[int]]:
+def _lists(rows: PreparedRows | AnswerRows, *, most: int) -> list[list[int]]:
     one = rows if isinstance(rows, PreparedRows) else next(iter(rows.sides.values()))
-    borders = np.asarray(one.borders[: MOST_ROWS * 4 + 1])
+    borders = np.asarray(one.borders[: most + 1])
     return [one.tokens[a:b].tolist() for a, b in pairwise(borders)]
 
 

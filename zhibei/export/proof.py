@@ -5,7 +5,7 @@ The proof runs on the new folder before it gets its final name, so that what fai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,16 @@ Progress = Callable[[str, int, int], Any]
 
 
 def measure(
-    reference: FolderSide, other: Side, *, kind: str, text: Path | None = None, progress: Progress = lambda *_: None
+    reference: FolderSide,
+    other: Side,
+    *,
+    kind: str,
+    text: Path | None = None,
+    progress: Progress = lambda *_: None,
+    probes: Sequence[str] = TEXTS,
 ) -> ParityReport:
-    """Compare a new form with its source, on the named text, else the run's held-out rows, else the model's own words.
+    """Compare a new form with its source, on the named text, else the run's held-out rows, else the model's own words;
+    the tokenizers on `probes`.
 
     Raises UserError for an unknown kind, and when one of the two cannot be loaded.
     """
@@ -34,7 +41,7 @@ def measure(
     rows, rows_from = choose_rows(
         reference.found.run, reference.tokenizer, text=text, own=lambda: reference.rows_of_its_own(CONVERSATIONS)
     )
-    report = compare(reference, other, rows=rows, conversations=CONVERSATIONS, probes=TEXTS, progress=progress)
+    report = compare(reference, other, rows=rows, conversations=CONVERSATIONS, probes=probes, progress=progress)
     return replace(report, kind=kind, rows_from=rows_from)
 
 

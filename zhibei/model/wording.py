@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zhibei.config.errors import UserError
+from zhibei.config.yaml_tree import parse, read_text
 from zhibei.model.locate import Located
 from zhibei.store.files import read_json, write_json_atomic
 from zhibei.store.manifest import read_manifest, recorded, require_manifest, template_entry
@@ -61,6 +62,14 @@ def require_as_trained(run: RunDir, tokenizer: Tokenizer, *, asked: str | None) 
         fix=f"put back the files that {run.model} held (zhibei verify names the changed one); with another template on "
         "purpose: --template NAME",
     )
+
+
+def trained_system(found: Located) -> str | None:
+    """data.system of the run that made the model: its rows had it, so its prompts need it."""
+    if found.run is None or not found.run.resolved.is_file():
+        return None
+    values = parse(read_text(found.run.resolved), source=str(found.run.resolved)).value or {}
+    return (values.get("data") or {}).get("system")
 
 
 def _asked_template(name: str, tokenizer: Tokenizer) -> Template:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
-from zhibei.config.yaml_tree import parse, read_text
 from zhibei.data.encode import with_system
 from zhibei.generate.decoding import context_tokens
 from zhibei.generate.options import SamplingOptions
@@ -22,7 +21,7 @@ from zhibei.model.load import load_for_inference
 from zhibei.model.locate import Located, locate
 from zhibei.model.quantized import QuantizeKind
 from zhibei.model.score_model import holds_scores
-from zhibei.model.wording import choose_template, require_as_trained, tokenizer_place
+from zhibei.model.wording import choose_template, require_as_trained, tokenizer_place, trained_system
 from zhibei.store.files import read_json
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
@@ -123,7 +122,7 @@ class Speaker:
         return self.tokenizer.encode(self.template.render(with_system(messages, self.system), answer_next=True).text)
 
     def _fitting(self, options: SamplingOptions) -> SamplingOptions:
-        return with_template_stops(options, self.template)
+        return with_stops(options, self.template.stop_strings)
 
 
 def fitting_prompt(
@@ -150,9 +149,9 @@ def fitting_prompt(
     return Prompt(tokens, num_dropped, notice)
 
 
-def with_template_stops(options: SamplingOptions, template: Template) -> SamplingOptions:
+def with_stops(options: SamplingOptions, own: Sequence[str]) -> SamplingOptions:
     """The options of a chat: answers also end at the template's own strings, and where the context is full."""
-    stops = (*options.stop_strings, *(text for text in template.stop_strings if text))
+    stops = (*options.stop_strings, *(text for text in own if text))
     return replace(options, stop_strings=tuple(dict.fromkeys(stops)), overflow="fewer_tokens")
 
 
@@ -264,14 +263,6 @@ def _trained_from(found: Located) -> str:
     if isinstance(base, dict) and base.get("path"):
         return base.get("adapter") or base["path"]
     return read_run(str(found.run.resolved)).run.model.path
-
-
-def trained_system(found: Located) -> str | None:
-    """data.system of the run that made the model: its rows had it, so its prompts need it."""
-    if found.run is None or not found.run.resolved.is_file():
-        return None
-    values = parse(read_text(found.run.resolved), source=str(found.run.resolved)).value or {}
-    return (values.get("data") or {}).get("system")
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:

@@ -16,11 +16,19 @@ import torch
 from zhibei.config.errors import UserError
 from zhibei.generate.answers import Answer, Growing, Piece, Token
 from zhibei.generate.choosing import Chooser
-from zhibei.generate.gguf_words import GgufTokenizer, prompt_tokens, template_of
+from zhibei.generate.gguf_words import (
+    GgufTokenizer,
+    Wording,
+    default_system,
+    prompt_tokens,
+    stop_strings_of,
+    terminator_of,
+    wording_of,
+)
 from zhibei.generate.llama_cpp import GgufContext, GgufModel
 from zhibei.generate.llama_library import library
 from zhibei.generate.options import SamplingOptions
-from zhibei.serve.chat import Prompt, fitting_prompt, with_template_stops
+from zhibei.serve.chat import Prompt, fitting_prompt, with_stops
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
 
@@ -34,7 +42,7 @@ class GgufSpeaker:
 
     name: str
     model: GgufModel
-    template: Template
+    wording: Wording
     notes: tuple[str, ...] = ()
     has_adapters: bool = False
     _context: GgufContext | None = field(default=None, repr=False)
@@ -44,6 +52,10 @@ class GgufSpeaker:
         return GgufTokenizer(self.model)
 
     @property
+    def template(self) -> Template:
+        return self.wording.template
+
+    @property
     def context_tokens(self) -> int:
         """Most tokens of prompt and answer together."""
         return self.model.context_tokens
@@ -51,7 +63,7 @@ class GgufSpeaker:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """EOS and every other token that ends an answer, as llama.cpp knows them, and the template's terminator."""
-        ends = self.model.encode(self.template.terminator.strip())
+        ends = self.model.encode(terminator_of(self.template))
         own = ends if len(ends) == 1 and self.model.is_control(ends[0]) else []
         return tuple(dict.fromkeys((*self.model.stop_ids, *own)))
 
@@ -65,11 +77,11 @@ class GgufSpeaker:
 
     def stream(self, prompt: Prompt, options: SamplingOptions) -> Iterator[Piece]:
         """The answer to a prompt, piece by piece; the last piece carries the whole Answer."""
-        yield from self._answer(prompt, with_template_stops(options, self.template), number=0, shows_text=True)
+        yield from self._answer(prompt, with_stops(options, stop_strings_of(self.template)), number=0, shows_text=True)
 
     def answer(self, prompts: Sequence[Prompt], options: SamplingOptions) -> list[Answer]:
         """The answers to several prompts, one after the other; draws differ by a prompt's number."""
-        fitted = with_template_stops(options, self.template)
+        fitted = with_stops(options, stop_strings_of(self.template))
         found = []
         for number, prompt in enumerate(prompts):
             *_, last = self._answer(prompt, fitted, number=number, shows_text=False)
@@ -123,7 +135,7 @@ class GgufSpeaker:
         return self._context
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
-        return prompt_tokens(self.model, self.template, messages)
+        return prompt_tokens(self.model, self.wording, messages)
 
 
 def open_gguf(path: str, *, template: str | None = None, device: str = "auto") -> GgufSpeaker:
@@ -149,15 +161,15 @@ def open_gguf(path: str, *, template: str | None = None, device: str = "auto") -
         )
     model = GgufModel.load(file)
     try:
-        chosen = template_of(model, asked=template)
+        wording = wording_of(model, asked=template)
     except UserError:
         model.close()
         raise
-    return GgufSpeaker(name=path, model=model, template=chosen, notes=_notes(model, chosen, template))
+    return GgufSpeaker(name=path, model=model, wording=wording, notes=_notes(model, wording.template, template))
 
 
 def _notes(model: GgufModel, chosen: Template, asked: str | None) -> tuple[str, ...]:
-    if asked is not None and model.chat_template and chosen.as_jinja() != model.chat_template:
+    if asked is not None and model.chat_template and chosen.as_jinja() != default_system(model.chat_template)[1]:
         return (f"the file carries a template of its own, not {chosen.name}",)
     return ()
 

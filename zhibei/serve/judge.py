@@ -17,8 +17,7 @@ from zhibei.data.encode import with_system
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
 from zhibei.model.score_model import load_score_model_for_inference, row_scores
-from zhibei.model.wording import choose_template, tokenizer_place
-from zhibei.serve.chat import trained_system
+from zhibei.model.wording import choose_template, tokenizer_place, trained_system
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer

@@ -20,9 +20,9 @@ from zhibei.export.gguf.pretokenizer import prove
 from zhibei.export.gguf.quantizer import import_gguf, quantizer
 from zhibei.export.gguf.source import Read, Source, open_source
 from zhibei.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from zhibei.generate.gguf_words import terminator_of, with_default_system
 from zhibei.store.files import read_json
 
-HEAD = "lm_head.weight"
 SKIPPED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.bias$|\.masked_bias$")
 Progress = Callable[[str, int, int], Any]
 
@@ -85,7 +85,7 @@ def prepare(source: Source) -> Ready:
     family = family_of(source.config, where=f"{source.folder}/config.json")
     tensors = _named(source, family)
     num_rows = tensors["token_embd.weight"].shape[0]
-    terminator = source.template.terminator if source.template else ""
+    terminator = terminator_of(source.template) if source.template else ""
     vocabulary, notes = prove(
         read_vocabulary(source.tokenizer, num_rows=num_rows, terminator=terminator), source.tokenizer
     )
@@ -98,7 +98,7 @@ def prepare(source: Source) -> Ready:
     if family.adds_space is not None and vocabulary.engine == "llama":
         values["tokenizer.ggml.add_space_prefix"] = family.adds_space
     if source.template is not None:
-        values["tokenizer.chat_template"] = source.template.as_jinja()
+        values["tokenizer.chat_template"] = with_default_system(source.template.as_jinja(), source.system)
     heads = int(config["num_attention_heads"])
     return Ready(
         source=source,
@@ -117,14 +117,13 @@ def prepare(source: Source) -> Ready:
 
 
 def _named(source: Source, family: Family) -> dict[str, Read]:
-    """Tensors under llama.cpp's names and in its layout. A tied head is left out: llama.cpp takes the embedding."""
+    """Tensors under llama.cpp's names and in its layout. Without a head of its own llama.cpp takes the embedding."""
     gguf = import_gguf()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
     names = gguf.get_tensor_name_map(architecture, int(source.config["num_hidden_layers"]))
-    is_tied = bool(source.config.get("tie_word_embeddings", family.name.startswith("gemma")))
     found: dict[str, Read] = {}
     for name, tensor in source.tensors.items():
-        if SKIPPED.search(name) or (name == HEAD and is_tied):
+        if SKIPPED.search(name):
             continue
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:

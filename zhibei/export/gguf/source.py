@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.export.adapters import Replacement, changed, mixed_changes, read_adapter_folder
+from zhibei.export.adapters import mixed_changes, read_adapter_folder
+from zhibei.export.merge import plan_merge, tie_of
 from zhibei.model.locate import Located, locate
 from zhibei.model.score_model import holds_scores
-from zhibei.model.wording import choose_template, tokenizer_place
+from zhibei.model.wording import choose_template, tokenizer_place, trained_system
 from zhibei.store.files import read_json
 from zhibei.store.manifest import require_base
-from zhibei.store.shards import TensorFolder, read_tensors
+from zhibei.store.shards import LazyTensor, read_tensors
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,6 +47,8 @@ class Source:
     tensors: Mapping[str, Read]
     tokenizer: Tokenizer
     template: Template | None
+    system: str | None = None
+    """The system prompt that training put in front of conversations without one."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,14 +85,16 @@ def open_source(path: str, *, base: str | None = None, template: str | None = No
         )
     tokenizer = load_tokenizer(tokenizer_place(found))
     chosen, notes = _template(found, tokenizer, template)
+    tensors, config, more = _tensors(found, _text_config(folder))
     return Source(
         path=path,
         found=found,
-        config=_text_config(folder),
-        tensors=_tensors(found),
+        config=config,
+        tensors=tensors,
         tokenizer=tokenizer,
         template=chosen,
-        notes=notes,
+        system=trained_system(found),
+        notes=(*notes, *more),
     )
 
 
@@ -115,49 +120,27 @@ def _text_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(found: Located) -> dict[str, Read]:
-    """Every tensor of the merged model, by the name it has in the base."""
-    stored = read_tensors(Path(found.weights), stem="model")
-    tensors = {name: _stored(stored, name) for name in stored}
-    if found.adapter is None:
-        return tensors
-    require_base(found.adapter, Path(found.weights))
-    adapter = read_adapter_folder(found.adapter)
-    changes = mixed_changes([adapter])
-    whole = {
-        name: tuple(adapter.tensors.spec(change.tensor).shape)
-        for name, parts in changes.items()
-        for _, change in parts
-        if isinstance(change, Replacement)
-    }
-    unknown = sorted(name for name in changes if name not in tensors and name not in whole)
-    if unknown:
+def _tensors(found: Located, config: dict[str, Any]) -> tuple[dict[str, Read], dict[str, Any], tuple[str, ...]]:
+    """Every tensor of the merged model in fp32, the config that fits them, and what a person should know."""
+    folder = Path(found.weights)
+    stored = read_tensors(folder, stem="model")
+    odd = next((name for name in stored if stored.spec(name).dtype not in FLOATS), None)
+    if odd is not None:
         raise UserError(
-            f"the adapter changes {unknown[0]}, which the base does not have",
-            expected="the base that the adapter was trained on",
-            fix="name that base with --base",
-            where=str(found.adapter),
-            pitfall="adapter-on-wrong-base",
-        )
-    for name, change in changes.items():
-        before = tensors.get(name)
-        shape = whole.get(name) or (before.shape if before else ())
-        tensors[name] = Read(shape, partial(_merged, before, shape, change, name))
-    return tensors
-
-
-def _stored(stored: TensorFolder, name: str) -> Read:
-    entry = stored.spec(name)
-    if entry.dtype not in FLOATS:
-        raise UserError(
-            f"tensor {name} is stored as {entry.dtype}: these weights are quantised already",
+            f"tensor {odd} is stored as {stored.spec(odd).dtype}: these weights are quantised already",
             expected=f"weights as {', '.join(FLOATS)}",
             fix="export from the 16-bit model; quantising twice loses twice",
+            where=str(folder),
             pitfall="merge-into-quantized-base",
         )
-    return Read(tuple(entry.shape), lambda: stored.read_unmapped(name).to(torch.float32).numpy())
+    changes = {}
+    if found.adapter is not None:
+        require_base(found.adapter, folder)
+        changes = mixed_changes([read_adapter_folder(found.adapter)])
+    plan = plan_merge(stored, config, changes, dtype=torch.float32, is_tied=tie_of(folder, config))
+    tensors = {name: Read(tensor.shape, partial(_values, tensor)) for name, tensor in plan.tensors.items()}
+    return tensors, plan.config, plan.notes
 
 
-def _merged(before: Read | None, shape: tuple[int, ...], change: Any, name: str) -> np.ndarray:
-    base = torch.from_numpy(before.read()) if before else torch.empty(shape)
-    return changed(base, change, dtype=torch.float32, name=name).numpy()
+def _values(tensor: LazyTensor) -> np.ndarray:
+    return tensor.read().numpy()
