@@ -115,3 +115,32 @@ def test_a_cache_grows_no_further_than_it_may() -> None:
     assert sizes == [16, 32, 64, 100, 100]
     assert cache.keys[0][1, 0, :10].eq(1).all()
     assert cache.keys[0].sum() == 40
+
+
+def broken(*_: Any) -> torch.Tensor:
+    raise RuntimeError("no compiler for kernels")
+
+
+def doubled(values: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return 2 * fast.norm(values, weight, epsilon)
+
+
+@pytest.mark.parametrize(("piece", "function"), [("enter", broken), ("norm", doubled)])
+def test_kernels_that_fail_or_compute_something_else_are_not_used(piece: str, function: Any) -> None:
+    model = tiny_model("llama")
+    with answering(model), torch.no_grad():
+        road = road_of(model, slots=6, columns=64, pad_id=0)
+        assert isinstance(road, FastRoad)
+        expected = followed(road, count=2)
+        wrong = fast.Pieces(**{**vars(fast.PLAIN), piece: function})
+        places = torch.tensor([len(prompt) for prompt in PROMPTS])
+        tokens = torch.ones(6, dtype=torch.int64)
+        road._pieces = wrong
+        with pytest.warns(RuntimeWarning, match="kernels are not used"):
+            road._prove(tokens, places)
+        assert road._pieces is fast.PLAIN
+        torch.testing.assert_close(followed(road, count=2), expected)
+        right = fast.Pieces(**vars(fast.PLAIN))
+        road._pieces = right
+        road._prove(tokens, places)
+        assert road._pieces is right

@@ -13,14 +13,16 @@ import torch
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens [B], positions [B]) -> logits [B, V]."""
+Prove = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called before a graph for a new number of rows is captured; may change how `compute` computes."""
 _STEPS_BEFORE_CAPTURE = 2
 
 
 class CapturedStep:
     """Calls `compute` for up to `slots` rows, through a graph captured at the first call for that many rows."""
 
-    def __init__(self, compute: Compute, *, slots: int, device: torch.device) -> None:
-        self._compute, self._slots = compute, slots
+    def __init__(self, compute: Compute, *, prove: Prove, slots: int, device: torch.device) -> None:
+        self._compute, self._prove, self._slots = compute, prove, slots
         self._tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._positions_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
@@ -50,6 +52,7 @@ class CapturedStep:
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
+            self._prove(tokens_B, positions_B)
             # Kernels are compiled and libraries set up before anything is recorded.
             for _ in range(_STEPS_BEFORE_CAPTURE):
                 self._compute(tokens_B, positions_B)

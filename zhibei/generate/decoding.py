@@ -6,6 +6,7 @@ Knows models and caches, no sampling. Dimensions: B rows, T tokens, C columns, D
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ from zhibei.model.language_model import head_shape
 
 # Growing a cache copies it and, on a GPU, makes captured steps useless; on a CPU unused columns cost time as well.
 COLUMNS_AT_FIRST = {"cpu": 64, "cuda": 4096}
+
+MOST_APART = 0.05
+"""Of the size of the logits: what rounding to 16 bits explains between two ways to compute them, with room."""
 
 
 class Road(Protocol):
@@ -177,7 +181,9 @@ class FastRoad:
 
     def __init__(self, slots: SlotRoad, cache: SlotCache, model: fast.Model, pieces: fast.Pieces, device: Any) -> None:
         self._slots, self._cache, self._model, self._pieces = slots, cache, model, pieces
-        self._captured = CapturedStep(self._whole, slots=cache.slots, device=device) if device.type == "cuda" else None
+        self._captured = None
+        if device.type == "cuda":
+            self._captured = CapturedStep(self._whole, prove=self._prove, slots=cache.slots, device=device)
         self._moves = cache.moves
 
     def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
@@ -206,6 +212,28 @@ class FastRoad:
 
     def _whole(self, tokens_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
         return self._compute(tokens_B, positions_B, self._cache.columns)
+
+    def _prove(self, tokens_B: torch.Tensor, positions_B: torch.Tensor) -> None:
+        """Kernels are used once they have given, here and for so many rows, what plain arithmetic gives."""
+        if self._pieces is fast.PLAIN:
+            return
+        kernels = self._pieces
+        try:
+            found_BV = self._whole(tokens_B, positions_B).clone()
+            problem = ""
+        except Exception as error:  # Triton raises many kinds, of its compiler, the driver and the system's compiler
+            found_BV, problem = None, f"{type(error).__name__}: {error}"
+        self._pieces = fast.PLAIN
+        expected_BV = self._whole(tokens_B, positions_B)
+        if found_BV is not None:
+            apart = float((found_BV - expected_BV).norm() / expected_BV.norm().clamp(min=1e-6))
+            if apart <= MOST_APART or not bool(expected_BV.isfinite().all()):
+                self._pieces = kernels
+                return
+            problem = f"their logits are {apart:.3g} of the size of the logits away from plain arithmetic's"
+        warnings.warn(
+            f"the decode kernels are not used, answers come more slowly ({problem})", RuntimeWarning, stacklevel=2
+        )
 
     def _compute(self, tokens_B: torch.Tensor, positions_B: torch.Tensor, columns: int) -> torch.Tensor:
         layers = self._cache.layers()
