@@ -59,13 +59,12 @@ CANARIES: Canaries = {
     "reference-is-not-the-start": (
         [
             pairs(*LORA, "lora.adapter=/models/adapter", "dpo.reference=adapters_off"),
-            healthy(*PPO, "lora.adapter=/models/adapter", rows=None),
         ],
         [
             pairs(*LORA, "lora.adapter=/models/adapter"),
             pairs(*LORA, "lora.adapter=/models/adapter", "dpo.reference=precomputed"),
             healthy(*LORA, "lora.adapter=/models/adapter"),
-            healthy(*PPO, rows=None),
+            healthy(*PPO, "lora.adapter=/models/adapter", rows=None),
             pairs(*LORA, "lora.adapter=/models/adapter", stage="reward"),
         ],
     ),

@@ -244,18 +244,16 @@ def reference_is_not_the_start(facts: Facts) -> Iterable[Finding]:
     if facts.resolved is None:
         return
     run = facts.run
-    is_off = {
-        "dpo": run.dpo.reference == "adapters_off",
-        "ppo": run.ppo.models == "shared",
-    }
-    if is_off.get(run.stage) and run.model.method != "full" and run.lora.adapter is not None:
+    # Policy stages keep the adapter they go on from, frozen, as their reference (model/roles.py).
+    is_off = run.stage == "dpo" and run.dpo.reference == "adapters_off"
+    if is_off and run.model.method != "full" and run.lora.adapter is not None:
         yield Finding(
             what=f"lora.adapter: {run.lora.adapter} is what the run starts from, and with adapters off the reference "
             "is the base without it",
             where=facts.origin("lora.adapter"),
-            to_do="merge the adapter into its base and start from that (model.path), without lora.adapter"
-            + ("; or set dpo.reference: precomputed" if run.stage == "dpo" else ""),
-            changes={"dpo.reference": "precomputed"} if run.stage == "dpo" else {},
+            to_do="merge the adapter into its base and start from that (model.path), without lora.adapter; or set "
+            "dpo.reference: precomputed",
+            changes={"dpo.reference": "precomputed"},
         )
 
 
