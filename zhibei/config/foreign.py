@@ -16,7 +16,9 @@ _QLORA = "write model.method: qlora (and model.quantize: {0})"
 _ATTENTION = "model.attention: auto picks the fastest exact kernel"
 _STEPS = "set sft.{0}_every to a number of steps"
 _FOLDER = "the run writes into <runs>/<name>/: set name and runs"
-_SHARDING = "several GPUs are not part of this version"
+_SHARDING = (
+    "write distributed.sharding: full_shard (or shard_grad_op, no_shard, hybrid); layers to wrap are found in the model"
+)
 
 FOREIGN_NAMES: dict[str, str] = {
     # model

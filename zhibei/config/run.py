@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from zhibei.config.distributed import DistributedSection
 from zhibei.config.effects import misfits_of
 from zhibei.config.policy import GrpoSection, PpoSection, RaftSection
 from zhibei.config.preference import DpoSection, RewardSection
@@ -215,6 +216,7 @@ class RunFile(Section):
     ppo: PpoSection = PpoSection()
     grpo: GrpoSection = GrpoSection()
     raft: RaftSection = RaftSection()
+    distributed: DistributedSection = DistributedSection()
     log: LogSection = LogSection()
     watch: WatchSection = WatchSection()
 

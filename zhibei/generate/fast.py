@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from zhibei.model.answering import plain_model
@@ -90,6 +91,8 @@ def read_model(hf: Any, *, joins: bool) -> Model | None:
     if config.model_type not in FAMILIES or not type(inner).__module__.startswith("transformers."):
         return None
     body = inner.base_model
+    if isinstance(body, FSDPModule):  # its weights come and go: nothing may be remembered of where they lie
+        return None
     layers = [_layer(module, config, index, joins=joins) for index, module in enumerate(body.layers)]
     found = tuple(layer for layer in layers if layer is not None)
     if len(found) < len(layers) or config.hidden_act != "silu":

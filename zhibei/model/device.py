@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 
 from zhibei.config.errors import UserError
+from zhibei.model.ranks import ranks_asked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """`auto` is the CUDA device of this rank (the first one for a process alone), else the CPU. Raises UserError for a
+    device that is not there."""
+    if name == "auto" or (name == "cuda" and ranks_asked().are_several):
+        own = ranks_asked().local
+        if not torch.cuda.is_available() and name == "auto":
+            return torch.device("cpu")
+        name = f"cuda:{own}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -16,7 +16,7 @@ from zhibei.config.errors import UserError
 from zhibei.model import attention
 from zhibei.model.answering import answering, plain_model
 from zhibei.model.quantized import quantised_layers
-from zhibei.model.ranks import Place, whole
+from zhibei.model.ranks import Place, held_whole, whole
 
 
 class BatchLike(Protocol):
@@ -145,8 +145,17 @@ class LanguageModel:
     @contextmanager
     def sampling(self) -> Iterator[Any]:
         """The transformers model set up for generation: evaluation mode, its own attention, no compiled layers."""
-        with answering(self.hf):
+        with answering(self.hf), self.gathered():
             yield self.hf
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A divided model's layers whole on every rank, for the many small passes of sampling."""
+        if self.place is None:
+            yield
+            return
+        with held_whole(self.hf, divides_after_forward=self.place.divides_after_forward):
+            yield
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

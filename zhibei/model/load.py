@@ -32,6 +32,10 @@ class Need:
     longest_row: int = 1024
     seed: int = 0
     neftune_alpha: float = 0.0
+    is_skeleton: bool = False
+    """Modules without values (on the meta device): the values come from rank 0 when the model is divided."""
+    loaded_on: torch.device | None = None
+    """Where weights lie before they are divided; by default on `device`."""
 
 
 def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> LanguageModel:
@@ -46,7 +50,8 @@ def load_for_training(section: ModelSection, lora: LoraSection, need: Need) -> L
         hf = add_adapters(hf, lora, seed=need.seed)
     model = LanguageModel(hf, attention_name=name, longest_row=need.longest_row, neftune_alpha=need.neftune_alpha)
     make_ready(model, need)
-    check_head(model)
+    if not need.is_skeleton:
+        check_head(model)
     return model
 
 
@@ -170,13 +175,15 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
         _apply_rope_scaling(config, section, need)
         kind = AutoModelForSequenceClassification if is_score_config(config.to_dict()) else AutoModelForCausalLM
         packing = packing_of(section, config, found.weights)
+        if need.is_skeleton:
+            return _skeleton(kind, config, need, attention_name=attention_name)
         with packing.watched() as finite:
             loaded: Any = kind.from_pretrained(
                 found.weights,
                 config=config,
                 dtype=DTYPES[need.precision],
                 attn_implementation=_their_attention(config, attention_name),
-                device_map={"": need.device},
+                device_map={"": need.loaded_on or need.device},
                 use_safetensors=True,
                 output_loading_info=True,
                 **packing.options,
@@ -193,6 +200,17 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
     if packing.kind != "none":
         put_own_layers(hf, DTYPES[need.precision])
     check_finite(hf, found.weights, packed=finite)
+    return hf
+
+
+def _skeleton(kind: Any, config: Any, need: Need, *, attention_name: str) -> Any:
+    """The modules of a model, none of whose weights are read or made."""
+    with torch.device("meta"):
+        hf = kind.from_config(
+            config, dtype=DTYPES[need.precision], attn_implementation=_their_attention(config, attention_name)
+        )
+    if attention_name in _OURS:
+        hf.config._attn_implementation = attention_name
     return hf
 
 

@@ -5,20 +5,21 @@ Started by torchrun (or `zhibei launch`), each process finds RANK, WORLD_SIZE an
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
-from zhibei.config.errors import UserError
+from zhibei.config.errors import RunInterrupted, RunStopped, UserError
 
-Value = TypeVar("Value")
 PATIENCE_SECONDS = 600
 """How long a collective operation waits for the slowest rank before it fails."""
 
@@ -58,26 +59,85 @@ class Ranks:
         dist.all_reduce(numbers, group=_host_group())
         return numbers.tolist()
 
-    def from_first(self, value: Value) -> Value:
-        """Rank 0's value on every rank. Plain values only; they travel between processes of one run."""
+    def put_together(self, values_R: torch.Tensor, is_known_R: torch.Tensor) -> torch.Tensor:
+        """Values of which each rank knows some, on the CPU; what several know they know alike."""
+        if not self.are_several:
+            return values_R
+        both = torch.stack([values_R.double() * is_known_R, is_known_R.double()])
+        dist.all_reduce(both, group=_host_group())
+        return (both[0] / both[1].clamp(min=1)).to(values_R.dtype)
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value (what JSON can hold) on every rank."""
         if not self.are_several:
             return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0, group=_host_group())
-        return held[0]
+        sent = _as_bytes(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor(len(sent))
+        dist.broadcast(size, src=0, group=_host_group())
+        held = sent if self.is_first else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(held, src=0, group=_host_group())
+        return _from_bytes(held)
 
-    def gathered(self, value: Value) -> list[Value]:
-        """Every rank's value, in the order of ranks, on every rank."""
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value (what JSON can hold), in the order of ranks, on every rank."""
         if not self.are_several:
             return [value]
-        held: list[Any] = [None] * self.world
-        dist.all_gather_object(held, value, group=_host_group())
-        return held
+        own = _as_bytes(value)
+        sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor(len(own)), group=_host_group())
+        longest = int(max(sizes))
+        held = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
+        padded = torch.cat([own, torch.zeros(longest - len(own), dtype=torch.uint8)])
+        dist.all_gather(held, padded, group=_host_group())
+        return [_from_bytes(part[: int(size)]) for part, size in zip(held, sizes, strict=True)]
+
+    def first_does(self, action: Callable[[], Any]) -> Any:
+        """What rank 0 finds when it does this alone (what JSON can hold); the others wait.
+
+        Raises on every rank the UserError that it raised there, so that none waits for one that has given up.
+        """
+        if not self.are_several:
+            return action()
+        found: Any = None
+        problem: UserError | None = None
+        if self.is_first:
+            try:
+                found = action()
+            except UserError as error:
+                problem = error
+            except Exception as error:  # the others must hear of it before it ends this process
+                self.from_first([None, _told(UserError(f"rank 0 failed: {error}", expected="", fix="see rank 0"))])
+                raise
+        value, told = self.from_first([found, None if problem is None else _told(problem)])
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise _heard(told)
+        return value
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.are_several:
             dist.barrier(group=_host_group())
+
+
+def _as_bytes(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_bytes(held: torch.Tensor) -> Any:
+    return json.loads(bytes(held.tolist()).decode())
+
+
+def _told(error: UserError) -> list[Any]:
+    kinds = [type(error).__name__, type(error).exit_code]
+    return [*kinds, error.what, error.expected, error.fix, error.where]
+
+
+def _heard(told: list[Any]) -> UserError:
+    name, _, what, expected, fix, where = told
+    kind = {kind.__name__: kind for kind in (RunStopped, RunInterrupted)}.get(name, UserError)
+    return kind(what, expected=expected, fix=fix, where=where)
 
 
 ALONE = Ranks()
@@ -89,6 +149,8 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
+    divides_after_forward: bool = True
+    """Whether a layer's weights are divided again at once, or only after the backward pass."""
 
 
 def whole(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -169,3 +231,23 @@ def _host_group() -> Any:
 def current() -> Ranks:
     """The ranks of this process: connected ones, or this one alone."""
     return ranks_asked() if dist.is_available() and dist.is_initialized() else ALONE
+
+
+def units_of(hf: torch.nn.Module) -> list[Any]:
+    """The modules that FSDP gathers and divides as one; none in a model that is not divided."""
+    return [module for module in hf.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def held_whole(hf: torch.nn.Module, *, divides_after_forward: bool) -> Iterator[None]:
+    """All layers on every rank while the block runs: sampling would gather each of them for each token."""
+    units = units_of(hf)
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(divides_after_forward, recurse=False)
+            unit.reshard()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,9 +17,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from zhibei.config.errors import UserError
 from zhibei.model.language_model import LanguageModel
-from zhibei.model.ranks import Place, Ranks, whole
+from zhibei.model.ranks import Place, Ranks, units_of, whole
 
-Sharding = Literal["no_shard", "shard_grad_op", "full_shard", "hybrid"]
+Sharding = Literal["auto", "no_shard", "shard_grad_op", "full_shard", "hybrid"]
+"""`auto` has become another one before a model is divided."""
 
 
 def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
@@ -53,7 +53,7 @@ def shard(
     are what counts: the others' may lie on the meta device. `offload`: what a rank holds lies in host memory between
     uses. Raises UserError for adapters that hold whole modules (lora.modules_to_save).
     """
-    if how == "no_shard" or not ranks.are_several:
+    if how in ("auto", "no_shard") or not ranks.are_several:
         return
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -79,7 +79,7 @@ def shard(
     for layer in model.layers():
         fully_shard(layer, **options)
     fully_shard(model.body, ignored_params=divided, **options)
-    for unit in units_of(model):
+    for unit in units_of(model.hf):
         # Sums, not means: the step divides, and gloo has no other reduction.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
@@ -87,17 +87,10 @@ def shard(
     if is_tied:
         model.head.weight = embedding.weight
     fill(model, held, ranks=ranks, device=device)
-    model.place = Place(device, compute_dtype)
+    model.place = Place(device, compute_dtype, divides_after_forward=how != "shard_grad_op")
     embedding.forward = functools.partial(_embed, embedding, compute_dtype)
     if _is_own_head(model):
         model.head.forward = functools.partial(_project, model.head, compute_dtype)
-
-
-def units_of(model: LanguageModel) -> list[Any]:
-    """The modules that FSDP gathers and divides as one."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.hf.modules() if isinstance(module, FSDPModule)]
 
 
 def _is_own_head(model: LanguageModel) -> bool:
@@ -165,16 +158,3 @@ def _embed(module: Any, dtype: torch.dtype, tokens_BT: torch.Tensor) -> torch.Te
 def _project(module: Any, dtype: torch.dtype, hidden: torch.Tensor) -> torch.Tensor:
     bias = None if module.bias is None else whole(module.bias, dtype)
     return torch.nn.functional.linear(hidden, whole(module.weight, dtype), bias)
-
-
-@contextmanager
-def held_whole(model: LanguageModel) -> Iterator[None]:
-    """All layers on every rank while the block runs (sampling would gather each of them for each token)."""
-    units = units_of(model)
-    for unit in units:
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()

@@ -13,6 +13,7 @@ from zhibei.data.batches import Batch, Batches
 from zhibei.losses.logps import token_logps
 from zhibei.losses.tokens import NOT_LEARNED, TokenLoss
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import current
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _by_row(values_N: torch.Tensor, batch: Batch) -> torch.Tensor:
 def all_row_logps(model: LanguageModel, batches: Batches, shape: TokenLoss, *, most_items: int) -> RowLogps:
     """The same for the first `most_items` items of a set, in the order of its rows, on the CPU and without gradient."""
     num_rows = min(most_items, batches.num_items) * batches.plan.rows_per_item
-    sums_R, counts_R = torch.zeros(num_rows), torch.zeros(num_rows)
+    sums_R, counts_R, is_known_R = torch.zeros(num_rows), torch.zeros(num_rows), torch.zeros(num_rows)
     was_training = model.hf.training
     model.hf.eval()
     with torch.no_grad():
@@ -56,5 +57,7 @@ def all_row_logps(model: LanguageModel, batches: Batches, shape: TokenLoss, *, m
             found = row_logps(model, batch.to(model.device), shape)
             numbers = list(batch.row_numbers)
             sums_R[numbers], counts_R[numbers] = found.sums_R.cpu(), found.counts_R.cpu()
+            is_known_R[numbers] = 1
     model.hf.train(was_training)
-    return RowLogps(sums_R, counts_R)
+    ranks = current()
+    return RowLogps(ranks.put_together(sums_R, is_known_R), ranks.put_together(counts_R, is_known_R))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zhibei.config.errors import RunStopped
+from zhibei.model.across import as_whole, written_by_first
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import locate
 from zhibei.model.quantized import held_bytes, wanted_kind
-from zhibei.model.save import write_weights
+from zhibei.model.ranks import current
+from zhibei.model.save import whole_tensors, write_weights
 from zhibei.model.wording import add_stop_ids
 from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.files import write_json_atomic
@@ -22,6 +25,7 @@ from zhibei.store.folders import whole_folder
 from zhibei.store.manifest import finish_manifest
 from zhibei.store.metrics import read_metrics
 from zhibei.store.run_dir import RunDir
+from zhibei.store.shards import LazyTensor, Writable
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
 from zhibei.train.beginning import tokenizer_place
 from zhibei.train.opening import checkpoint_path
@@ -43,10 +47,10 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         groups, _ = load_checkpoint(best)
         load_weights(materials.model, groups["model"], where=best)
         chosen = progress.best_step or chosen
-    with whole_folder(run_dir.model, purpose="the finished model") as folder:
-        materials.task.write(materials, folder)
+    write_finished(materials, run_dir)
     proofs = materials.task.prove(materials, run_dir.model)
-    write_json_atomic(run_dir.proofs, [asdict(proof) for proof in proofs])
+    if current().is_first:
+        write_json_atomic(run_dir.proofs, [asdict(proof) for proof in proofs])
     failed = [proof for proof in proofs if not proof.passed]
     if failed:
         recorder.event(progress.step, "stopped", f"proof failed: {failed[0].name}: {failed[0].detail}")
@@ -56,6 +60,8 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
             fix=f"the checkpoints in {run_dir.checkpoints} are sound; report this with {run_dir.proofs}",
             where=str(run_dir.model),
         )
+    if not current().is_first:
+        return
     figures = {
         "steps": progress.step,
         "model_step": chosen,
@@ -73,6 +79,16 @@ def finish(materials: Materials, run_dir: RunDir, progress: Progress, recorder: 
         f"{run_dir.model} holds step {chosen}{why}",
         model_step=chosen,
     )
+
+
+def write_finished(materials: Materials, run_dir: RunDir) -> None:
+    """runs/NAME/model, whole or not at all; written by rank 0, with the parts that the others hold."""
+
+    def write(tensors: Mapping[str, Writable]) -> None:
+        with whole_folder(run_dir.model, purpose="the finished model") as folder:
+            materials.task.write(replace(materials, whole=tensors), folder)
+
+    written_by_first(current(), whole_tensors(materials.model), write)
 
 
 def best_of(materials: Materials, progress: Progress) -> dict[str, float | None]:
@@ -94,7 +110,7 @@ def heldout_of(run_dir: RunDir, step: int) -> dict[str, Any] | None:
 
 def write_model(materials: Materials, folder: Path) -> None:
     """The folder a run leaves: weights, tokenizer with its template, where answers end; all of it on the disk."""
-    write_weights(materials.model, folder)
+    write_weights(materials.model, folder, materials.whole)
     write_tokenizer(materials, folder)
     add_stop_ids(folder, materials.tokenizer.stop_ids(materials.template.terminator))
     sync_files(folder)
@@ -118,38 +134,73 @@ def sync_files(folder: Path) -> None:
 def prove(materials: Materials, folder: Path) -> list[Proof]:
     """Read the written model back and compare tensors, logits, tokenizer and template with the ones in memory."""
     model = materials.model
-    base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
-    place, precision = place_to_read_back(materials)
-    kind = wanted_kind(materials.run.model)
-    read_back = load_for_inference(str(folder), device=place, precision=precision, base=base, quantize=kind)
-    proofs = [compare_tensors(model, read_back, is_whole=base is None)]
     tokens_BT = torch.as_tensor(probe_row(materials), device=materials.device)[None]
-    with torch.no_grad(), model.sampling() as trained, read_back.sampling() as again:
-        a = trained(tokens_BT, use_cache=False).logits.float().to(read_back.device)
-        b = again(tokens_BT.to(read_back.device), use_cache=False).logits.float()
-    difference = (a - b).abs().max().item()
-    bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, a.abs().max().item())
-    proofs.append(Proof("logits", difference <= bound, f"largest difference {difference:.3g}", difference))
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in read_back.hf.parameters())
-    proofs.append(Proof("finite", finite, "every weight is finite" if finite else "NaN or infinity in the weights"))
-    written = load_tokenizer(str(folder))
-    same = written.fingerprint == materials.tokenizer.fingerprint
-    proofs.append(Proof("tokenizer", same, "fingerprint " + ("equal" if same else "differs")))
-    return proofs
+    with torch.no_grad(), model.sampling() as trained:
+        mine = trained(tokens_BT, use_cache=False).logits.float().cpu()
+    base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
+
+    def read_back() -> LanguageModel:
+        place, precision = place_to_read_back(materials)
+        kind = wanted_kind(materials.run.model)
+        return load_for_inference(str(folder), device=place, precision=precision, base=base, quantize=kind)
+
+    def compare(again: LanguageModel) -> list[Proof]:
+        with torch.no_grad(), again.sampling() as loaded:
+            theirs = loaded(tokens_BT.to(again.device), use_cache=False).logits.float().cpu()
+        difference = (mine - theirs).abs().max().item()
+        bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, mine.abs().max().item())
+        written = load_tokenizer(str(folder))
+        same = written.fingerprint == materials.tokenizer.fingerprint
+        return [
+            Proof("logits", difference <= bound, f"largest difference {difference:.3g}", difference),
+            finite(again),
+            Proof("tokenizer", same, "fingerprint " + ("equal" if same else "differs")),
+        ]
+
+    return proved(model, read_back, compare, is_whole=base is None)
 
 
-def compare_tensors(model: LanguageModel, read_back: LanguageModel, *, is_whole: bool) -> Proof:
-    """Every tensor that was trained is there with the same bits; `is_whole`: and there are no others."""
-    mine, theirs = dict(model.hf.named_parameters()), dict(read_back.hf.named_parameters())
-    differing = [
-        name
-        for name, parameter in model.trainable().items()
-        if name not in theirs or not torch.equal(parameter.data.to(theirs[name].data), theirs[name].data)
-    ]
+def proved(
+    model: LanguageModel,
+    read_back: Callable[[], LanguageModel],
+    compare: Callable[[LanguageModel], list[Proof]],
+    *,
+    is_whole: bool,
+) -> list[Proof]:
+    """The proofs of a written model, on every rank; read back and compared by rank 0, with the parts of the others."""
+    learning = model.trainable()
+    held = as_whole({name: p.data for name, p in learning.items()}, learning, dtype=model.dtype)
+
+    def look(tensors: Mapping[str, Writable]) -> list[dict[str, Any]]:
+        again = read_back()
+        names = set(dict(model.hf.named_parameters()))
+        proofs = [compare_tensors(tensors, names, again, is_whole=is_whole), *compare(again)]
+        return [asdict(proof) for proof in proofs]
+
+    return [Proof(**told) for told in written_by_first(current(), held, look)]
+
+
+def finite(model: LanguageModel) -> Proof:
+    """No weight of a model that was read back is NaN or infinite."""
+    is_finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.hf.parameters())
+    return Proof("finite", is_finite, "every weight is finite" if is_finite else "NaN or infinity in the weights")
+
+
+def compare_tensors(
+    trained: Mapping[str, Writable], names: set[str], read_back: LanguageModel, *, is_whole: bool
+) -> Proof:
+    """Every tensor that was trained is there with the same bits; `is_whole`: and there are no others than `names`."""
+    theirs = dict(read_back.hf.named_parameters())
+
+    def is_same(name: str, held: Writable) -> bool:
+        value = held.read() if isinstance(held, LazyTensor) else held
+        return name in theirs and torch.equal(value.to(theirs[name].data), theirs[name].data)
+
+    differing = [name for name, held in trained.items() if not is_same(name, held)]
     return Proof(
         "tensors",
-        not differing and (not is_whole or set(mine) == set(theirs)),
-        f"{len(model.trainable()):,} trained tensors are equal bit for bit"
+        not differing and (not is_whole or names == set(theirs)),
+        f"{len(trained):,} trained tensors are equal bit for bit"
         if not differing
         else f"{len(differing)} tensors differ, e.g. {differing[0]}",
     )

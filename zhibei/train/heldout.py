@@ -10,6 +10,7 @@ import torch
 
 from zhibei.data.batches import Batches
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import current
 from zhibei.train.step import LossSum
 
 
@@ -38,4 +39,5 @@ def heldout_loss(model: LanguageModel, batches: Batches, loss_sum: LossSum, *, n
             total += loss_sum(model, batch.to(model.device))
             num_tokens += batch.num_units
     model.hf.train(was_training)
-    return HeldoutLoss(float(total) / max(1, num_tokens), num_tokens, time.monotonic() - started)
+    summed, counted = current().sum_on_host(float(total), num_tokens)
+    return HeldoutLoss(summed / max(1, counted), int(counted), time.monotonic() - started)

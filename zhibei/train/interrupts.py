@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from zhibei.model.ranks import current
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -20,6 +22,12 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.name is not None
+
+    def agree(self) -> None:
+        """Let every rank know of a signal that any of them got; all stop after the same step."""
+        ranks = current()
+        if ranks.are_several and ranks.sum_on_host(float(self.name is not None))[0]:
+            self.name = next(name for name in ranks.gathered(self.name) if name is not None)
 
 
 @contextmanager

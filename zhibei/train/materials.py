@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ from zhibei.model.load import Need, load_for_training
 from zhibei.model.ranks import current
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.model.score_model import load_score_model
+from zhibei.model.sharding import shard
 from zhibei.plan.settle import Settled
+from zhibei.store.shards import Writable
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
@@ -74,6 +76,8 @@ class Materials(Ready):
     notes: tuple[str, ...] = ()
     mismatched_heldout: Batches | None = None
     """KTO: the held-out prompts, each with an answer to another one."""
+    whole: Mapping[str, Writable] = field(default_factory=dict)
+    """While a model is written that is divided among ranks: its tensors, put together."""
 
     @property
     def run(self) -> RunFile:
@@ -100,8 +104,11 @@ def gather(
         longest_row=run.data.max_tokens,
         seed=run.seed,
         neftune_alpha=run.sft.neftune_alpha,
+        is_skeleton=divides(run) and not current().is_first,
+        loaded_on=torch.device("cpu") if divides(run) else None,
     )
-    model = (load_score_model if run.stage == "reward" else load_for_training)(run.model, run.lora, need)
+    load = load_score_model if run.stage == "reward" else load_for_training
+    model = load(run.model, run.lora, need)
     if run.stage != "sft":
         without_dropout(model)
     check_vocabulary(model, ready.tokenizer)
@@ -126,7 +133,7 @@ def read_rows(
     if on_audit is not None:
         on_audit(items.rows)
     settled = settled_for(device, run, items.lengths)
-    resolved = with_planned(resolved, settled.values)
+    resolved = with_planned(resolved, {**settled.values, **sharding_of(run)})
     run, rows = resolved.run, items.rows
     batches, heldout = make_batches(run, items, pad_token=tokenizer.pad_id, device=device)
     planned = {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)}
@@ -143,6 +150,19 @@ def read_rows(
     )
 
 
+def sharding_of(run: RunFile) -> dict[str, Any]:
+    """What `distributed.sharding: auto` becomes: full training is divided, adapters on a whole base are not."""
+    if run.distributed.sharding != "auto":
+        return {}
+    is_divided = current().are_several and run.model.method == "full"
+    return {"distributed.sharding": "full_shard" if is_divided else "no_shard"}
+
+
+def divides(run: RunFile) -> bool:
+    """Whether weights are divided among ranks, so that only rank 0 reads them."""
+    return current().are_several and run.distributed.sharding != "no_shard"
+
+
 def require_rows(run: RunFile) -> None:
     """Raises UserError for the stages that do not learn from given rows; they have loops of their own, or none yet."""
     if run.stage not in TASKS:
@@ -156,6 +176,15 @@ def require_rows(run: RunFile) -> None:
 
 def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
     """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the task."""
+    ranks = current()
+    shard(
+        model,
+        run.distributed.sharding,
+        ranks=ranks,
+        device=choose_device(run.device),
+        compute_dtype=model.dtype,
+        offload=run.distributed.offload == "all",
+    )
     compiled = compile_layers(model, run.model.compile)
     how = run.model.activation_checkpointing
     checkpoint_activations(model, "none" if how == "auto" else how, compiled=compiled)
@@ -169,7 +198,7 @@ def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
         task.step_loss,
         max_grad_norm=run.training.max_grad_norm,
         parameters=learning,
-        ranks=current(),
+        ranks=ranks,
     )
     return stepper, task
 
@@ -220,6 +249,8 @@ def make_batches(
         pad_token=pad_token,
         rows_per_item=items.rows_per_item,
         unit=items.unit,
+        rank=current().rank,
+        world=current().world,
     )
     batches = Batches(
         items.rows.train, plan, epochs=section.epochs, max_steps=section.max_steps, columns_I=items.train_columns

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.config.resolve import ResolvedRun
 from zhibei.data.prepared import PreparedSet
+from zhibei.model.device import choose_device
+from zhibei.model.ranks import current, met
 from zhibei.store.checkpoint import list_steps, prune
 from zhibei.store.files import free_bytes
 from zhibei.store.locks import hold_lock
@@ -31,6 +35,8 @@ from zhibei.train.resume import Progress, save
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
 from zhibei.train.schedule import learning_rate
 from zhibei.train.step import NonFiniteStep, StepRecord
+
+LOCK = ".training.lock"
 
 
 def train(
@@ -50,23 +56,41 @@ def train(
     and RunStopped (exit code 3) when `watch` says so, NonFiniteStep when loss or gradients stop being finite.
     """
     run_dir = resume or run_dir_of(resolved.run)
-    if resume is None:
-        refuse_existing(run_dir)
-        require_writable(run_dir)
-    materials = gather(resolved, on_rows=on_rows, on_audit=on_audit)
-    if resume is None:
-        progress, notes = open_new(run_dir, materials, describe(materials)), []
-    else:
-        progress, notes = open_again(run_dir, materials)
-    with hold_lock(run_dir.path / ".training.lock", patience_seconds=0):
-        materials = materials.task.prepare(materials, run_dir, progress.step)
-        run_loop(materials, run_dir, progress, [*notes, *materials.notes], watch=watch)
+    patience = resolved.run.distributed.patience_seconds
+    with met(choose_device(resolved.run.device), patience_seconds=patience) as ranks:
+        if resume is None:
+            ranks.first_does(lambda: require_new(run_dir))
+        materials = gather(resolved, on_rows=on_rows, on_audit=on_audit)
+        progress, notes = opened(run_dir, materials, is_new=resume is None)
+        with ExitStack() as held:
+            ranks.first_does(lambda: held.enter_context(hold_lock(run_dir.path / LOCK, patience_seconds=0)))
+            materials = materials.task.prepare(materials, run_dir, progress.step)
+            run_loop(materials, run_dir, progress, [*notes, *materials.notes], watch=watch)
     return run_dir
+
+
+def require_new(run_dir: RunDir) -> None:
+    """Raises UserError when the directory holds something or cannot be made."""
+    refuse_existing(run_dir)
+    require_writable(run_dir)
+
+
+def opened(run_dir: RunDir, materials: Materials, *, is_new: bool) -> tuple[Progress, list[str]]:
+    """The counters to begin with: fresh ones in a new directory that rank 0 describes, or those of a checkpoint."""
+    if not is_new:
+        return open_again(run_dir, materials)
+    told = current().first_does(lambda: asdict(open_new(run_dir, materials, describe(materials))))
+    return Progress(**told), []
 
 
 def run_loop(materials: Materials, run_dir: RunDir, progress: Progress, notes: list[str], *, watch: Watch) -> None:
     """The loop and its end, with figures going to the metrics file and to `watch`."""
     run = materials.run
+    if not current().is_first:
+        recorder = Recorder(None, ignore, materials.device)
+        loop(materials, run_dir, progress, recorder)
+        finish(materials, run_dir, progress, recorder)
+        return
     with Metrics(
         run_dir.path,
         tensorboard=run.log.tensorboard,
@@ -130,6 +154,7 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
                 )
             if looks_after(progress.step):
                 recorder.write("look", progress.step, **stepper.look(), **disk(materials, run_dir))
+            stop.agree()
             is_best = False
             if cadence.evaluates_after(progress.step):
                 is_best = evaluate(materials, run_dir, progress, recorder, panel)
@@ -184,6 +209,8 @@ def checkpoint(materials: Materials, run_dir: RunDir, progress: Progress, record
     """Save everything; then drop checkpoints that are neither among the newest nor the best."""
     started = time.monotonic()
     path = save(run_dir.checkpoints, materials.stepper, progress)
+    if not current().is_first:
+        return path
     best = checkpoint_path(run_dir, progress.best_step)
     prune(
         run_dir.checkpoints,

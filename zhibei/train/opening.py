@@ -14,6 +14,7 @@ from zhibei.config.run import RunFile
 from zhibei.data.prepare import source_files
 from zhibei.data.preview import preview_rows
 from zhibei.model.locate import Located, locate
+from zhibei.model.ranks import current
 from zhibei.store.checkpoint import check_checkpoint, newest_sound
 from zhibei.store.files import write_json_atomic, write_text_atomic
 from zhibei.store.folders import clean_left_overs
@@ -120,22 +121,27 @@ def open_again(run_dir: RunDir, materials: Materials) -> tuple[Progress, list[st
             for name, value in values.items()
         }
     manifest = require_manifest(run_dir.path, expected)
-    left_over = [str(note) for note in clean_left_overs(run_dir.path)]
-    found = newest_sound(run_dir.checkpoints)
-    if found is None:
-        return Progress(run_id=manifest["run_id"], key=materials.rows.key), [
-            *left_over,
-            "no checkpoint yet: starts at step 0",
-        ]
-    progress = restore(found.path, materials.stepper, key=materials.rows.key)
+    path, notes = current().first_does(lambda: _to_go_on_from(run_dir))
+    if path is None:
+        return Progress(run_id=manifest["run_id"], key=materials.rows.key), notes
+    progress = restore(Path(path), materials.stepper, key=materials.rows.key)
     if progress.run_id != manifest["run_id"]:
         raise UserError(
             f"the checkpoint belongs to run {progress.run_id}, the manifest to run {manifest['run_id']}",
             expected="checkpoints of this run",
             fix="move the foreign checkpoint away",
-            where=str(found.path),
+            where=path,
         )
-    return progress, [*left_over, *(str(note) for note in found.notes)]
+    return progress, notes
+
+
+def _to_go_on_from(run_dir: RunDir) -> tuple[str | None, list[str]]:
+    """The newest sound checkpoint, with notes on what was cleaned and what is not sound."""
+    left_over = [str(note) for note in clean_left_overs(run_dir.path)]
+    found = newest_sound(run_dir.checkpoints)
+    if found is None:
+        return None, [*left_over, "no checkpoint yet: starts at step 0"]
+    return str(found.path), [*left_over, *(str(note) for note in found.notes)]
 
 
 def checkpoint_path(run_dir: RunDir, step: int | None) -> Path | None:

@@ -41,10 +41,11 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], section: Traini
     A score head is fp32 on a bf16 body: each kind is then updated by its own. Raises UserError for an optimiser that
     would have to see whole matrices where ranks hold parts.
     """
-    if section.optimizer == "adafactor" and any(isinstance(p, DTensor) for p in parameters.values()):
+    if section.optimizer != "adamw" and any(isinstance(p, DTensor) for p in parameters.values()):
         raise UserError(
-            "adafactor keeps means over rows and columns of whole matrices, and the model is divided among ranks",
-            expected="an optimiser that works on parts: adamw or adamw_8bit",
+            f"{section.optimizer} keeps figures of whole matrices (means of rows, blocks of values), and the model is "
+            "divided among ranks",
+            expected="an optimiser whose state is divided like the weights: adamw",
             fix="set optimizer: adamw, or distributed.sharding: no_shard",
             where="optimizer",
         )

@@ -6,11 +6,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from zhibei.model.ranks import current
 from zhibei.store.metrics import Metrics
 from zhibei.train.alarms import Alarm
 from zhibei.train.step import StepRecord
@@ -25,13 +27,18 @@ def ignore(_record: dict[str, Any]) -> None:
 
 
 class Recorder:
-    """Writes each record to metrics.jsonl and hands it to `watch`, which may answer with an alarm."""
+    """Writes each record to metrics.jsonl and hands it to `watch`, which may answer with an alarm.
 
-    def __init__(self, metrics: Metrics, watch: Watch, device: torch.device) -> None:
+    Of several ranks the first one writes and watches (the others have no `metrics`); all hear of its alarms.
+    """
+
+    def __init__(self, metrics: Metrics | None, watch: Watch, device: torch.device) -> None:
         self.metrics, self.watch, self.device = metrics, watch, device
         self._alarms: list[Alarm] = []
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
+        if self.metrics is None:
+            return
         record = {"kind": kind, "step": step, "time": time.time(), **figures}
         self.metrics.write(record)
         alarm = self.watch(record)
@@ -39,9 +46,15 @@ class Recorder:
             self._alarms.append(alarm)
 
     def take_alarms(self) -> list[Alarm]:
-        """What the watcher objected to since the last call."""
+        """What the watcher objected to since the last call, on every rank."""
         taken, self._alarms = self._alarms, []
-        return taken
+        ranks = current()
+        if not ranks.are_several:
+            return taken
+        return [
+            Alarm(**{**told, "evidence": tuple(told["evidence"])})
+            for told in ranks.from_first([asdict(alarm) for alarm in taken])
+        ]
 
     def event(self, step: int, event: str, text: str = "", **figures: Any) -> None:
         self.write("event", step, event=event, text=text, **figures)

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from zhibei.config.errors import UserError
+from zhibei.model.across import as_whole, own_parts, own_rows, written_by_first
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import Ranks, own_part
 from zhibei.store.checkpoint import load_checkpoint, save_checkpoint
+from zhibei.store.shards import Writable
 from zhibei.train.step import Stepper
 
 
@@ -34,17 +37,24 @@ class Progress:
 
 
 def save(checkpoints: Path, stepper: Stepper, progress: Progress) -> Path:
-    """Write a checkpoint of the trainable weights, the optimiser and all random states."""
-    model = stepper.model
-    groups: dict[str, dict[str, torch.Tensor]] = {
-        "model": {name: parameter.data for name, parameter in model.trainable().items()},
-        "optimizer": stepper.optimizer.tensors(),
-        "random": random_states(model.device),
+    """Write a checkpoint of the trainable weights, the optimiser and all random states; whole, whatever the ranks, so
+    that another number of them can go on from it."""
+    model, ranks = stepper.model, stepper.ranks
+    learning = model.trainable()
+    groups: dict[str, Mapping[str, Writable]] = {
+        "model": as_whole({name: parameter.data for name, parameter in learning.items()}, learning),
+        "optimizer": as_whole(stepper.optimizer.tensors(), learning),
+        "random": random_states_of_all(model.device, ranks),
     }
     state = {**asdict(progress), "stepper": stepper.state()}
-    return save_checkpoint(
-        checkpoints, progress.step, groups={name: group for name, group in groups.items() if group}, state=state
-    )
+    flat = {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+    def write(tensors: Mapping[str, Writable]) -> str:
+        parts = {group: {name: tensors[f"{group}/{name}"] for name in names} for group, names in groups.items()}
+        whole = {group: named for group, named in parts.items() if named}
+        return str(save_checkpoint(checkpoints, progress.step, groups=whole, state=state))
+
+    return Path(written_by_first(ranks, flat, write))
 
 
 def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
@@ -58,8 +68,8 @@ def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
             where=str(path),
         )
     load_weights(stepper.model, groups["model"], where=path)
-    stepper.optimizer.load(groups.get("optimizer", {}))
-    set_random_states(groups["random"], stepper.model.device)
+    stepper.optimizer.load(own_parts(groups.get("optimizer", {}), stepper.model.trainable()))
+    set_random_states(of_rank(groups["random"], stepper.ranks), stepper.model.device)
     stepper.load_state(state["stepper"])
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
 
@@ -84,7 +94,27 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, torch.Tensor], *, w
                 fix="resume with the run file the run was started with",
                 where=str(where),
             )
-        parameter.data.copy_(value)
+        own_part(parameter.data).copy_(own_rows(value, parameter))
+
+
+def random_states_of_all(device: torch.device, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The generator states of every rank; those of rank 0 under the names that one process alone gives them."""
+    own = random_states(device)
+    if not ranks.are_several:
+        return own
+    told = ranks.gathered({name: state.tolist() for name, state in own.items()})
+    return {
+        name if rank == 0 else f"{name}.{rank}": torch.tensor(state, dtype=torch.uint8)
+        for rank, states in enumerate(told)
+        for name, state in states.items()
+    }
+
+
+def of_rank(states: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """This rank's states; a rank that the saved run did not have keeps what it was seeded with."""
+    ending = f".{ranks.rank}" if ranks.rank else ""
+    kinds = ("cpu", "cuda")
+    return {kind: states[kind + ending] for kind in kinds if kind + ending in states}
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -96,6 +126,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -19,11 +19,13 @@ from zhibei.losses.reward import centring_sum, pair_loss_sum, tie_loss_sum
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
+from zhibei.model.quantized import wanted_kind
+from zhibei.model.ranks import current
 from zhibei.model.save import write_weights
 from zhibei.model.score_model import HEAD_TENSOR, load_score_model_for_inference, row_scores
 from zhibei.text.tokenizer import load_hugging_face_tokenizer, load_tokenizer
 from zhibei.train.beginning import tokenizer_place
-from zhibei.train.finish import compare_tensors, place_to_read_back, sync_files
+from zhibei.train.finish import finite, place_to_read_back, proved, sync_files
 from zhibei.train.score_figures import Scored, score_figures
 from zhibei.train.step import LossSum, StepLoss
 from zhibei.train.task import HeldoutFigures, Proof, Task
@@ -94,15 +96,16 @@ def sides(values_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def all_scores(model: LanguageModel, batches: Batches, *, most_items: int) -> torch.Tensor:
     """Scores of the rows of the first `most_items` items, in their order, on the CPU."""
     num_rows = min(most_items, batches.num_items) * batches.plan.rows_per_item
-    scores_R = torch.zeros(num_rows)
+    scores_R, is_known_R = torch.zeros(num_rows), torch.zeros(num_rows)
     was_training = model.hf.training
     model.hf.eval()
     with torch.no_grad():
         for batch in batches.all_rows(most_items):
             numbers = list(batch.row_numbers)
             scores_R[numbers] = row_scores(model, batch.to(model.device), len(numbers)).cpu()
+            is_known_R[numbers] = 1
     model.hf.train(was_training)
-    return scores_R
+    return current().put_together(scores_R, is_known_R)
 
 
 def evaluate(materials: Materials, heldout: Batches) -> HeldoutFigures:
@@ -132,7 +135,7 @@ def write_score_model(materials: Materials, folder: Path) -> None:
     padding = padding_id(materials)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
     materials.model.config.pad_token_id = padding
-    write_weights(materials.model, folder)
+    write_weights(materials.model, folder, materials.whole)
     tokenizer.save_pretrained(str(folder))
     sync_files(folder)
 
@@ -152,20 +155,25 @@ def prove_score_model(materials: Materials, folder: Path) -> list[Proof]:
     """Read the written model back and compare tensors, scores, tokenizer with the ones in memory."""
     model = materials.model
     base = locate(materials.run.model.path).weights if model.hf is not model.inner else None
-    place, precision = place_to_read_back(materials)
-    read_back = load_score_model_for_inference(str(folder), device=place, precision=precision, base=base)
-    proofs = [compare_tensors(model, read_back, is_whole=base is None)]
     probe = materials.batches if materials.heldout is None else materials.heldout
-    mine_R, theirs_R = probe_scores(model, probe), probe_scores(read_back, probe)
-    difference = float((mine_R - theirs_R).abs().max())
-    bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, float(mine_R.abs().max()))
-    proofs.append(Proof("scores", difference <= bound, f"largest difference {difference:.3g}", difference))
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in read_back.hf.parameters())
-    proofs.append(Proof("finite", finite, "every weight is finite" if finite else "NaN or infinity in the weights"))
-    written = load_tokenizer(str(folder))
-    same = written.encode(PROBE_TEXT) == materials.tokenizer.encode(PROBE_TEXT)
-    proofs.append(Proof("tokenizer", same, "ids " + ("equal" if same else "differ")))
-    return proofs
+    mine_R = probe_scores(model, probe)
+
+    def read_back() -> LanguageModel:
+        place, precision = place_to_read_back(materials)
+        kind = wanted_kind(materials.run.model)
+        return load_score_model_for_inference(str(folder), device=place, precision=precision, base=base, quantize=kind)
+
+    def compare(again: LanguageModel) -> list[Proof]:
+        difference = float((mine_R - probe_scores(again, probe)).abs().max())
+        bound = 1e-4 if materials.precision == "fp32" else 5e-2 * max(1.0, float(mine_R.abs().max()))
+        same = load_tokenizer(str(folder)).encode(PROBE_TEXT) == materials.tokenizer.encode(PROBE_TEXT)
+        return [
+            Proof("scores", difference <= bound, f"largest difference {difference:.3g}", difference),
+            finite(again),
+            Proof("tokenizer", same, "ids " + ("equal" if same else "differ")),
+        ]
+
+    return proved(model, read_back, compare, is_whole=base is None)
 
 
 def probe_scores(model: LanguageModel, batches: Batches) -> torch.Tensor:

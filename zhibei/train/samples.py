@@ -10,6 +10,7 @@ from zhibei.data.prepared import PreparedRows
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.sampler import generate
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import current
 from zhibei.store.files import read_json, write_json_atomic
 from zhibei.store.run_dir import RunDir
 from zhibei.text.messages import Message
@@ -32,14 +33,15 @@ class Panel:
 
     def answers(self, model: LanguageModel) -> list[str]:
         """Greedy answers; the model's state and the global random state are left as they were."""
-        found = generate(
-            model.hf,
-            self.prompts,
-            options=self.options,
-            stop_ids=self.stop_ids,
-            pad_id=self.tokenizer.pad_id,
-            decode=self.tokenizer.decode,
-        )
+        with model.gathered():
+            found = generate(
+                model.hf,
+                self.prompts,
+                options=self.options,
+                stop_ids=self.stop_ids,
+                pad_id=self.tokenizer.pad_id,
+                decode=self.tokenizer.decode,
+            )
         return [self.tokenizer.decode(answer.content_tokens, skip_special_tokens=True).strip() for answer in found]
 
 
@@ -78,6 +80,8 @@ def heldout_prompt(rows: PreparedRows, number: int) -> list[int]:
 def write_panel(panel: Panel, model: LanguageModel, run_dir: RunDir, *, step: int) -> Path:
     """Answer the prompts and store them beside the base model's answers (those of step 0)."""
     answers = panel.answers(model)
+    if not current().is_first:
+        return panel_path(run_dir, step)
     first = panel_path(run_dir, 0)
     base = answers if step == 0 else [entry["base"] for entry in read_json(first)]
     path = panel_path(run_dir, step)
