@@ -11,6 +11,7 @@ Dimensions: B rows, N outputs, I inputs, C columns, W head width, G query heads 
 # (Triton's functions are launched by subscription: kernel[grid](...).)
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -179,55 +180,46 @@ def takes_few_rows(x_BI: torch.Tensor, joined: Joined) -> bool:
     return x_BI.shape[0] <= (FEW_ROWS if joined.scales is None else FEW_ROWS_OF_CODES)
 
 
-def few_rows(
-    x_BI: torch.Tensor,
-    joined: Joined,
-    *,
-    front: int = _PLAIN,
-    norm: tuple[torch.Tensor, float] | None = None,
-    stream_BN: torch.Tensor | None = None,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Front:
+    """What happens to the values before the product."""
+
+    kind: int = _PLAIN
+    weight: torch.Tensor | None = None
+    epsilon: float = 0.0
+
+
+def few_rows(x_BI: torch.Tensor, joined: Joined, front: Front, stream_BN: torch.Tensor | None = None) -> torch.Tensor:
     """A joined product with what stands before and behind it; the adapters' low side is a product of its own."""
     assert joined.matrix is not None
     low, rank, num_low = None, 0, 1
     if joined.down is not None and joined.up is not None:
-        low = _launch(x_BI, joined.down, front=front, norm=norm)
+        low = _launch(x_BI, joined.down, front)
         rank, num_low = joined.up.shape[1], joined.down.shape[0]
     ends = [part.size for part in joined.parts]
     edges = (ends[0], ends[0] + ends[1] if len(ends) > 1 else joined.size)
     adapter = (low, joined.up, rank, num_low, joined.factor, edges)
-    return _launch(
-        x_BI,
-        joined.matrix,
-        front=front,
-        norm=norm,
-        stream=stream_BN,
-        adapter=adapter,
-        rest=(joined.scales, joined.bias),
-    )
+    return _launch(x_BI, joined.matrix, front, stream_BN, adapter, (joined.scales, joined.bias))
 
 
 def _launch(
     x_BI: torch.Tensor,
     matrix: torch.Tensor,
-    *,
-    front: int,
-    norm: tuple[torch.Tensor, float] | None,
+    front: Front,
     stream: torch.Tensor | None = None,
     adapter: tuple[Any, ...] | None = None,
     rest: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     rows, (outputs, inputs) = x_BI.shape[0], matrix.shape
     out = x_BI.new_empty(rows, outputs)
-    weight, epsilon = norm if norm is not None else (x_BI, 0.0)
     low, up, rank, num_low, factor, edges = adapter or (None, None, 0, 1, 0.0, (outputs, outputs))
     scales, bias = rest
     block_n, block_i, warps, stages = block_of(outputs, is_codes=scales is not None, rows=rows)
+    # What a kernel is told not to read still needs an address.
+    optional = [x_BI if one is None else one for one in (scales, bias, front.weight, stream, low, up)]
     _few_rows[(triton.cdiv(outputs, block_n),)](
-        x_BI, matrix, *(x_BI if one is None else one for one in (scales, bias)), weight,
-        *(x_BI if one is None else one for one in (stream, low, up)), out,
-        rows, outputs, inputs, edges[0], edges[1], epsilon, factor,
-        FRONT=front, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None, HAS_STREAM=stream is not None,
+        x_BI, matrix, *optional, out, rows, outputs, inputs, edges[0], edges[1], front.epsilon, factor,
+        FRONT=front.kind, HAS_SCALES=scales is not None, HAS_BIAS=bias is not None, HAS_STREAM=stream is not None,
         RANK=rank, NUM_LOW=num_low, BLOCK_B=max(16, triton.next_power_of_2(rows)), BLOCK_N=block_n, BLOCK_I=block_i,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -255,14 +247,14 @@ def norm(x_BD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Te
 def enter(stream_BD: torch.Tensor, weight_D: torch.Tensor, epsilon: float, joined: Joined) -> torch.Tensor:
     """Projections of the normed stream."""
     if takes_few_rows(stream_BD, joined):
-        return few_rows(stream_BD, joined, front=_NORMED, norm=(weight_D, epsilon))
+        return few_rows(stream_BD, joined, Front(_NORMED, weight_D, epsilon))
     return joined_product(norm(stream_BD, weight_D, epsilon), joined)
 
 
 def leave(stream_BD: torch.Tensor, values_BN: torch.Tensor, joined: Joined) -> torch.Tensor:
     """The stream with a block's output."""
     if takes_few_rows(values_BN, joined):
-        return few_rows(values_BN, joined, stream_BN=stream_BD)
+        return few_rows(values_BN, joined, Front(), stream_BD)
     if joined.matrix is None or joined.scales is not None or joined.bias is not None:
         return stream_BD + joined_product(values_BN, joined)
     stream_BD.addmm_(values_BN, joined.matrix.t())
@@ -272,7 +264,7 @@ def leave(stream_BD: torch.Tensor, values_BN: torch.Tensor, joined: Joined) -> t
 def leave_gated(stream_BD: torch.Tensor, both_BN: torch.Tensor, joined: Joined) -> torch.Tensor:
     """The stream with the output of a gated block."""
     if takes_few_rows(both_BN, joined):
-        return few_rows(both_BN, joined, front=_GATED, stream_BN=stream_BD)
+        return few_rows(both_BN, joined, Front(_GATED), stream_BD)
     width = both_BN.shape[1] // 2
     out = both_BN.new_empty(both_BN.shape[0], width)
     _gate[(both_BN.shape[0], triton.cdiv(width, 1024))](both_BN, out, width, BLOCK=1024, num_warps=4)
