@@ -219,6 +219,19 @@ def test_the_asynchronous_client_with_many_requests_at_once(live, speaker):
     assert asyncio.run(ask_all()) == expected
 
 
+def test_every_slot_has_the_whole_context(live, speaker):
+    """Four prompts that leave room for a few tokens each, at once on four slots."""
+
+    async def ask_all():
+        client = openai.AsyncOpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0)
+        asked = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+        prompts = [[speaker.tokenizer.bos_id, *([40 + number] * 249)] for number in range(4)]
+        return await asyncio.gather(*(client.completions.create(prompt=prompt, **asked) for prompt in prompts))
+
+    for said in asyncio.run(ask_all()):
+        assert said.usage.total_tokens == 256 or said.choices[0].finish_reason == "stop"
+
+
 def test_an_answer_is_held_to_a_schema(client):
     pytest.importorskip("llguidance")
     schema = {

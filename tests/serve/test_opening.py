@@ -96,6 +96,17 @@ def test_an_adapter_needs_its_base_among_the_models(tmp_path):
         opened(Wanted("base", str(base)), Wanted("poet", str(other), True))
 
 
+def test_an_adapter_alone_on_its_base_is_told_to_merge(tmp_path):
+    base = tiny_model_folder(tmp_path)
+    adapter = adapter_folder(tmp_path, base)
+    alone_on_it = opened(Wanted("poet", str(adapter)))
+    assert "zhibei merge" in alone_on_it["poet"].notes[-1]
+    close_all(alone_on_it)
+    beside = opened(Wanted("base", str(base)), Wanted("poet", str(adapter)))
+    assert beside["poet"].notes == beside["base"].notes == ()
+    close_all(beside)
+
+
 def test_the_report_of_a_run_is_found_from_the_run_and_from_its_model(tmp_path):
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)

@@ -109,6 +109,13 @@ def _is_gguf(path: str) -> bool:
     return path.endswith(".gguf")
 
 
+def _slower(one: Wanted, wording: Wording, *, is_alone: bool) -> tuple[str, ...]:
+    """An adapter beside its base costs two more products a layer; alone on its base, it need not."""
+    if wording.found.adapter is None or not is_alone:
+        return ()
+    return (f"its adapter is kept apart from the base, which takes longer than one model: zhibei merge {one.path}",)
+
+
 class _Member(NamedTuple):
     wanted: Wanted
     wording: Wording
@@ -162,7 +169,7 @@ def _open_group(members: Sequence[_Member], settings: ServerSettings, loading: L
             base=wording.found.weights if wording.found.adapter else "",
             report=report_of(one.path),
             most_tokens=settings.context_tokens,
-            notes=wording.notes,
+            notes=(*wording.notes, *_slower(one, wording, is_alone=len(members) == 1)),
         )
         for (one, wording), name in ((member, member.wanted.name) for member in members)
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zhibei.doctor.pitfall import pitfall
 
-NO_SERVER = "It is a property of another program's server; zhibei has none yet."
+OF_ANOTHER_SERVER = "It is a limit of another program's server; ours takes adapters of any rank."
 
 
 @pitfall(
@@ -12,7 +12,10 @@ NO_SERVER = "It is a property of another program's server; zhibei has none yet."
     cost="minutes",
     kind="construction",
     because="A command of zhibei refuses an option that it does not know or that has no effect.",
-    proof=["tests/doctor/test_constructions_serving.py::test_an_option_that_does_nothing_while_talking_is_refused"],
+    proof=[
+        "tests/doctor/test_constructions_serving.py::test_an_option_that_does_nothing_while_talking_is_refused",
+        "tests/serve/test_asked.py::test_a_field_that_is_not_known_is_refused",
+    ],
     errors=[
         r"--?cutoff[_-]len.{0,80}(?:no effect|ignored)",
     ],
@@ -38,8 +41,13 @@ def cutoff_ignored_at_serving() -> None:
 @pitfall(
     "serving",
     cost="hours",
-    kind="explained",
-    because=NO_SERVER,
+    kind="construction",
+    because="zhibei export writes the template of training into the GGUF file, and a Modelfile with TEMPLATE and stops.",
+    proof=[
+        "tests/export/test_gguf_words.py::test_a_file_of_ours_prompts_as_training_did",
+        "tests/export/test_gguf_words.py::test_the_go_template_writes_what_training_wrote",
+        "tests/export/test_gguf_words.py::test_a_modelfile_names_file_stops_and_context",
+    ],
     errors=[
         r"ollama.{0,80}(?:template|TEMPLATE).{0,60}(?:missing|not|empty)",
         r"(?:no|missing) chat template.{0,60}(?:gguf|using chatml|falling back|default)",
@@ -72,7 +80,10 @@ def gguf_runtime_template_missing() -> None:
     "serving",
     cost="hours",
     kind="gate",
-    proof=["tests/cli/test_chat.py::test_what_no_longer_fits_is_said"],
+    proof=[
+        "tests/cli/test_chat.py::test_what_no_longer_fits_is_said",
+        "tests/serve/test_api.py::test_errors_become_the_clients_own_exceptions",
+    ],
     errors=[
         r"input prompt \(\d+ tokens\) is too long",
         r"maximum context length is \d+ tokens",
@@ -149,8 +160,9 @@ def serve_no_chat_template() -> None:
 @pitfall(
     "serving",
     cost="hours",
-    kind="explained",
-    because=NO_SERVER,
+    kind="construction",
+    because="Each slot of zhibei serve has the whole context, or what --context names; nothing is divided.",
+    proof=["tests/serve/test_api.py::test_every_slot_has_the_whole_context"],
     errors=[
         r"n_ctx_per_seq \(\d+\) < n_ctx_train",
         r"n_ctx_(?:per_)?slot = \d+",
@@ -182,8 +194,8 @@ def server_context_divided_by_slots() -> None:
 @pitfall(
     "serving",
     cost="hours",
-    kind="explained",
-    because="It costs time and nothing else; zhibei has no merge yet that chat could propose.",
+    kind="gate",
+    proof=["tests/serve/test_opening.py::test_an_adapter_alone_on_its_base_is_told_to_merge"],
     sources=[
         "https://github.com/huggingface/peft/issues/217",
         "https://github.com/huggingface/peft/issues/957",
@@ -195,14 +207,14 @@ def unmerged_lora_slow_inference() -> None:
 
     Why: Each adapted layer does two more products per token, and kernels for 8-bit bases make it worse.
 
-    Fix: Merge the adapter into the 16-bit base for serving; keep it apart only while several adapters share one
-    base.
+    Fix: Merge the adapter into the 16-bit base for serving (zhibei merge RUN); keep it apart only while several
+    adapters share one base.
 
     基座加适配器的推理比合并后的模型慢。
 
     为何：每个带适配器的层每个词元要多做两次乘法，8 位基座的内核更慢。
 
-    办法：推理前把适配器合并进 16 位基座；只有多个适配器共用基座时才分开。
+    办法：推理前把适配器合并进 16 位基座（zhibei merge 运行目录）；只有多个适配器共用基座时才分开。
     """
 
 
@@ -210,7 +222,7 @@ def unmerged_lora_slow_inference() -> None:
     "serving",
     cost="minutes",
     kind="explained",
-    because=NO_SERVER,
+    because=OF_ANOTHER_SERVER,
     errors=[
         r"LoRA rank \d+ is greater than max_lora_rank",
         r"max_lora_rank.{0,60}(?:must be one of|exceed|too small)",
@@ -234,4 +246,37 @@ def vllm_lora_rank_limit() -> None:
     为何：vLLM 默认只为秩 16 预留内存，且有上限。
 
     办法：启动时设置不小于适配器秩的 --max-lora-rank，或合并适配器。
+    """
+
+
+@pitfall(
+    "serving",
+    cost="run",
+    kind="gate",
+    proof=[
+        "tests/serve/test_limits.py::test_settings_that_cannot_work_or_leave_the_server_open_are_refused",
+        "tests/serve/test_limits.py::test_pages_of_the_web_cannot_reach_a_server_on_localhost",
+    ],
+    sources=[
+        "https://github.com/ml-explore/mlx-lm/pull/1687",
+        "https://github.com/OpenHands/OpenHands/issues/1219",
+    ],
+)
+def server_open_without_a_key() -> None:
+    """A server listens beyond this machine, and nothing asks who is there.
+
+    Why: Servers of models are often started on 0.0.0.0, as examples show it. Everyone on the network then uses the
+    GPU and reads what the model was trained on; a page in the browser of someone on the machine can reach even
+    127.0.0.1, unless the server looks at where a request comes from.
+
+    Fix: Leave it on 127.0.0.1 and use an SSH tunnel, or set ZHIBEI_API_KEY. zhibei serve refuses another address
+    without a key, and requests of web pages that were not named.
+
+    服务对外监听，却不问来者是谁。
+
+    为何：模型服务常照示例用 0.0.0.0 启动，网络上任何人都能用这块 GPU、读出模型学到的数据；
+    若服务不看请求来源，本机浏览器里的网页甚至能访问 127.0.0.1。
+
+    办法：只监听 127.0.0.1 并用 SSH 隧道，或设置 ZHIBEI_API_KEY。
+    没有密钥时 zhibei serve 拒绝其他地址，也拒绝未经指名的网页的请求。
     """
