@@ -249,7 +249,7 @@ def test_a_long_run_makes_a_page_below_three_megabytes(tmp_path: Path) -> None:
 
 
 def test_every_section_is_on_the_page() -> None:
-    assert sorted([*TRAINING_PAGE, "judged", "health_board"]) == sorted(SECTIONS)
+    assert sorted([*TRAINING_PAGE, "judged", "health_board", "handed_over"]) == sorted(SECTIONS)
 
 
 def test_dropped_rows_are_counted_by_reason(run_dir: RunDir) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zhibei.cli import console
-from zhibei.cli.merge import tell
+from zhibei.cli.merge import refresh_report, tell
 from zhibei.cli.parity_text import show, size, telling
 from zhibei.config.errors import UserError
 
@@ -145,6 +145,7 @@ def export(
             "meta": forms.to_meta, "delta": forms.to_difference, "recover": forms.recover, "adapter": forms.to_adapter,
         }  # fmt: skip
         made = ways[to](source, wanted)
+    refresh_report(source)
     tell(made, as_json=json)
 
 
@@ -194,6 +195,7 @@ def _gguf(source: str, given: dict[str, Any], *, base: str | None, out: Path | N
         template=given["template"] or None,
     )
     made = hand_over_gguf(source, base=base, out=out, wanted=wanted, proving=proving)
+    refresh_report(source)
     if as_json:
         console.emit(
             {

@@ -70,7 +70,21 @@ def merge(
         raise UserError("no adapter named", expected="a run or a PEFT folder", fix="zhibei merge runs/NAME")
     proving = Proving(not no_parity, Path(text) if text else None, device, precision, telling(as_json=json))
     made = merge_adapters(adapters, base=base or None, out=Path(out) if out else None, dtype=dtype, proving=proving)
+    refresh_report(adapters[0])
     tell(made, as_json=json)
+
+
+def refresh_report(source: str) -> None:
+    """The page of the run that something was made of shows it; a model without a run has no page."""
+    from zhibei.export.sources import weighted_path
+    from zhibei.report.page import write_report
+    from zhibei.store.manifest import run_of
+    from zhibei.store.pipeline_dir import final_run
+
+    folder = Path(weighted_path(source)[0])
+    run = run_of(final_run(folder)) if folder.is_dir() else None
+    if run is not None and run.metrics.is_file():
+        write_report(run)
 
 
 def tell(made: HandedOver, *, as_json: bool) -> None:

@@ -112,7 +112,6 @@ def apply_difference(
             expected="the base that the difference was taken from",
             fix="name the very same weights with --base, in the same type (16 bits converted to 32 are others)",
             where=str(difference),
-            pitfall="delta-on-wrong-base",
         )
     return sha256
 
@@ -156,7 +155,6 @@ def _matching(mine: TensorFolder, theirs: TensorFolder, *, where: str) -> tuple[
             expected="a model and the base it was tuned from",
             fix="name the right base with --base",
             where=where,
-            pitfall="delta-on-wrong-base",
         )
     return mine, theirs
 

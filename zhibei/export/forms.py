@@ -128,8 +128,8 @@ def _against_pieces(file: Path, folder: Path) -> tuple[str, ...]:
     if not odd:
         return (f"the converted tokenizer reads {len(plain)} probe texts as SentencePiece does",)
     return (
-        f"the converted tokenizer reads {len(odd)} of {len(plain)} probe texts unlike SentencePiece, whose model rewrites "
-        f"spaces in its own way, e.g. {odd[0]!r}: give a folder with the right tokenizer.json, --base FOLDER",
+        f"the converted tokenizer reads {len(odd)} of {len(plain)} probe texts unlike SentencePiece, whose model "
+        f"rewrites spaces in its own way, e.g. {odd[0]!r}: give a folder with the right tokenizer.json, --base FOLDER",
     )
 
 

@@ -55,7 +55,6 @@ def write_meta(
             expected=f"a LLaMA without biases, in {', '.join(map(str, SHARD_COUNTS))} files that divide it evenly",
             fix="write it in one file (--shards 1), or hand it over as hf or gguf",
             where=str(source / "config.json"),
-            pitfall="no-meta-form",
         )
     sizes, tensors = sizes_of_config(config), read_tensors(source, stem="model")
     _require_names(tensors, sizes, is_tied=head_name(tensors) is None)

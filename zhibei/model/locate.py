@@ -131,5 +131,5 @@ def _nested_hint(folder: Path) -> str:
     if nested:
         return f"write {nested[-1]}"
     if list(folder.glob("consolidated.*.pth")):
-        return "these are Meta's original weights; convert them to a Hugging Face folder first"
+        return f"these are Meta's original weights; convert them first: zhibei export {folder} --to hf"
     return "point at the folder that the model was saved or downloaded into"

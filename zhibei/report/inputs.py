@@ -54,6 +54,8 @@ class RunInputs:
     plan: dict[str, Any] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)
     rehearsal: dict[str, Any] = field(default_factory=dict)
+    handed_over: list[dict[str, Any]] = field(default_factory=list)
+    """What merge and export made of the run."""
     resolved: str = ""
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ def read_inputs(run_dir: RunDir) -> RunInputs:
         ledger=read_json_lines(run_dir.ledger, problems, most=MOST_LEDGER_ENTRIES),
         samples=read_samples(run_dir.samples, problems),
         manifest=as_dict(read_json(run_dir.manifest, problems)),
+        handed_over=read_json_lines(run_dir.handed_over, problems) if run_dir.handed_over.exists() else [],
         plan=as_dict(read_json(run_dir.plan, problems)),
         check=as_dict(read_json(run_dir.check, problems)),
         rehearsal=as_dict(read_json(run_dir.rehearsal, problems)),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zhibei.report.audit import audit
 from zhibei.report.beforehand import BEFOREHAND_SECTIONS
+from zhibei.report.handed_over import handed_over
 from zhibei.report.html import Section, both, page
 from zhibei.report.inputs import RunInputs, read_inputs
 from zhibei.report.judged import has_judgements, judged
@@ -22,6 +23,7 @@ SECTIONS: dict[str, Callable[[RunInputs], Section]] = {
     "judged": judged,
     "health_board": health_board,
     **BEFOREHAND_SECTIONS,
+    "handed_over": handed_over,
     "audit": audit,
     "dropped_rows": dropped_rows,
     **PROVENANCE_SECTIONS,
@@ -46,8 +48,16 @@ TRAINING_PAGE = (
 
 
 def sections_of(inputs: RunInputs) -> Sequence[str]:
-    """The sections of a training page; runs that compare answers have one more, reward models write no samples,
-    and policies have a health board instead of losses."""
+    """The sections of a page: those of its kind of training, and what was made of the run since."""
+    names = list(_sections_of_training(inputs))
+    if inputs.handed_over:
+        names.insert(names.index("proofs") + 1, "handed_over")
+    return names
+
+
+def _sections_of_training(inputs: RunInputs) -> Sequence[str]:
+    """Runs that compare answers have one more, reward models write no samples, and policies have a health board
+    instead of losses."""
     if inputs.iterations:
         return ["health_board" if name == "curves" else name for name in TRAINING_PAGE if name != "key_figures"]
     if not has_judgements(inputs):

@@ -117,6 +117,11 @@ def commands(inputs: RunInputs) -> Section:
         (f"zhibei verify {run_dir}", "prove again that the files are whole", "再次验证文件完整"),
         (f"zhibei report {run_dir}", "rebuild this page", "重新生成本页"),
     ]
+    if inputs.run_dir.model.is_dir():
+        is_adapter = (inputs.run_dir.model / "adapter_config.json").is_file()
+        merge = (f"zhibei merge {run_dir}", "one whole model of base and adapter", "把基座与适配器合并为完整模型")
+        gguf = (f"zhibei export {run_dir} --to gguf", "for llama.cpp and Ollama", "用于 llama.cpp 与 Ollama")
+        lines[1:1] = [*([merge] if is_adapter else []), gguf]
     width = max(len(command) for command, _, _ in lines) + 2
     shown = join(
         Markup(escape(command.ljust(width))) + tag("span", both(f"# {english}", f"# {chinese}"), class_="origin") + "\n"

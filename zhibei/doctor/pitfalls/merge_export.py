@@ -192,13 +192,15 @@ def tied_lm_head_lora_merged_into_embedding(facts: Facts) -> Iterable[Finding]:
     Why: Beside the base the adapter changes one of the two only. Merging writes its difference into the shared tensor,
     so the other changes as well, and the merged model is another than the one that was evaluated.
 
-    Fix: Take head and embeddings out of lora.targets (all-linear leaves them out).
+    Fix: Take head and embeddings out of lora.targets (all-linear leaves them out). `zhibei merge` makes two tensors of
+    the one, which is right but larger; other programs do not.
 
     在嵌入与输出头共用一个张量的模型上，对输出头（或嵌入）加了适配器。
 
     为何：不合并时适配器只改变其中一个；合并会把差写进共享张量，另一个也随之改变，合并后的模型不再是评估过的那个。
 
-    办法：从 lora.targets 中去掉输出头和嵌入（all-linear 本就不含它们）。
+    办法：从 lora.targets 中去掉输出头和嵌入（all-linear 本就不含它们）。`zhibei merge` 会把一个张量拆成两个，结果正确但
+    更大；其他程序不会。
     """
     if not _has_adapters(facts) or facts.model is None or not facts.model.is_tied:
         return
@@ -268,14 +270,16 @@ def merge_wrong_precision_base_qlora(facts: Facts) -> Iterable[Finding]:
     Why: It has learned against the rounded weights, rounding errors included. On the exact weights it is mostly as
     good; on models with large weights it can be useless, and nothing says so.
 
-    Fix: Compare held-out loss and answers of base with adapter and of the merged model before you use it.
+    Fix: Compare held-out loss and answers of base with adapter and of the merged model before you use it:
+    `zhibei merge` ends with this comparison (against the adapter on the exact weights).
 
     在量化基座上训练的适配器被合并进 16 位基座。
 
     为何：它是对着舍入后的权重（连同舍入误差）学的。放到精确权重上多半一样好，但在权重数值较大的模型上可能毫无用处，而且
     没有任何提示。
 
-    办法：使用之前，比较“基座加适配器”与合并后模型的留出损失和回答。
+    办法：使用之前，比较“基座加适配器”与合并后模型的留出损失和回答；`zhibei merge` 最后会做这一比较（对照精确权重上的
+    适配器）。
     """
     adapter = facts.adapter
     if adapter is None or facts.resolved is None or facts.run.model.method != "full":

@@ -1,19 +1,22 @@
-"""Pits of merging that cannot happen here, that a loader refuses, or that belong to a command zhibei lacks."""
+"""Pits of merging that cannot happen here, or that a loader or `zhibei merge` refuses."""
 
 from __future__ import annotations
 
 from zhibei.doctor.pitfall import pitfall
 from zhibei.doctor.pitfalls.checkpoint import SAVING
 
-NO_MERGE = "zhibei has no command that merges or exports yet; it merges into whole weights when full training begins"
+MERGING = "tests/export/test_merge.py::"
 
 
 @pitfall(
     "merge_export",
     cost="hours",
     kind="construction",
-    because="adapters are merged on one device from whole files, and the logits are those of base and adapter",
-    proof=[f"{SAVING}test_an_adapter_merged_at_load_gives_the_logits_of_base_and_adapter"],
+    because="adapters are merged from whole files, and the logits are those of base and adapter",
+    proof=[
+        f"{SAVING}test_an_adapter_merged_at_load_gives_the_logits_of_base_and_adapter",
+        f"{MERGING}test_merged_is_base_and_adapter_and_what_peft_merges",
+    ],
     sources=[
         "https://github.com/meta-pytorch/torchtune/pull/506",
         "https://github.com/axolotl-ai-cloud/axolotl/issues/3294",
@@ -63,7 +66,10 @@ def lora_dir_mixed_with_merged() -> None:
     cost="run",
     kind="construction",
     because="merging happens only into bases held in 16 or 32 bits; a quantised one is refused",
-    proof=[f"{SAVING}test_nothing_is_merged_into_a_quantised_base"],
+    proof=[
+        f"{SAVING}test_nothing_is_merged_into_a_quantised_base",
+        f"{MERGING}test_a_quantised_base_is_refused",
+    ],
     errors=[r"merge lora module to (4|8)-bit linear may get different generations"],
     sources=[
         "https://github.com/huggingface/peft/issues/2321",
@@ -89,8 +95,9 @@ def merge_into_4bit_degrades() -> None:
 @pitfall(
     "merge_export",
     cost="minutes",
-    kind="explained",
-    because=NO_MERGE,
+    kind="construction",
+    because="`zhibei merge` reads 16-bit files tensor by tensor and loads no model; a base stored quantised is refused",
+    proof=[f"{MERGING}test_a_quantised_base_is_refused"],
     errors=[r"cannot merge lora layers when the model is loaded in (8|4)-bit"],
     sources=[
         "https://github.com/artidoro/qlora/issues/28",
@@ -104,21 +111,22 @@ def merge_into_8bit_error_old_peft() -> None:
     Why: It cannot write into quantised weights. People then comment the line out and export a model without its
     adapter.
 
-    Fix: Load the base in 16 bits and merge there.
+    Fix: Load the base in 16 bits and merge there (`zhibei merge` needs no model in memory).
 
     较早的 PEFT 拒绝合并进 8 位或 4 位模型。
 
     为何：它无法写入量化权重。有人于是注释掉那一行，导出了没有适配器的模型。
 
-    办法：以 16 位加载基座，在那里合并。
+    办法：以 16 位加载基座，在那里合并（`zhibei merge` 不需把模型装入内存）。
     """
 
 
 @pitfall(
     "merge_export",
     cost="minutes",
-    kind="explained",
-    because=NO_MERGE,
+    kind="construction",
+    because="`zhibei export --to gguf` merges adapters in fp32 while it reads them and quantises the sum once",
+    proof=["tests/export/test_gguf_files.py::test_an_adapter_is_merged_while_it_is_read"],
     errors=[r"please merge adapters before quantizing the model"],
     sources=[
         "https://github.com/hiyouga/LlamaFactory/issues/4175",
