@@ -42,7 +42,7 @@ def cutoff_ignored_at_serving() -> None:
     "serving",
     cost="hours",
     kind="construction",
-    because="zhibei export writes the template of training into the GGUF file, and a Modelfile with TEMPLATE and stops.",
+    because="zhibei export writes the template of training into the GGUF file and into a Modelfile, with its stops.",
     proof=[
         "tests/export/test_gguf_words.py::test_a_file_of_ours_prompts_as_training_did",
         "tests/export/test_gguf_words.py::test_the_go_template_writes_what_training_wrote",
