@@ -174,6 +174,16 @@ def test_an_adapter_is_merged_while_it_is_read(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model_folder(tmp_path)
+    monkeypatch.setattr("zhibei.store.files.free_bytes", lambda folder: 1000)
+    with pytest.raises(UserError, match="too full"):
+        export_gguf(str(folder), tmp_path / "out", types=["F16"])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_an_importance_matrix_is_the_mean_square_of_what_a_layer_reads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

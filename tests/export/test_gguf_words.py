@@ -130,6 +130,52 @@ def test_bos_stands_in_front_once_whoever_writes_it(tmp_path: Path) -> None:
             assert prompt_tokens(model, wording_of(model), [Message("user", "the cat")])[:2].count(1) == 1
 
 
+def _sentencepiece() -> Tokenizer:
+    """A tokenizer as transformers saves those of LLaMA: BPE with byte fallback, a space in front."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdehmnost"]
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("c", "a"), ("ca", "t"), ("\u2581", "cat"), ("a", "n")]
+    words += ["".join(pair) for pair in merges]
+    model = models.BPE(
+        {word: number for number, word in enumerate(words)},
+        merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return check_tokenizer(own, source="tiny sentencepiece")
+
+
+def test_a_sentencepiece_vocabulary_is_read_from_tokenizer_json(tmp_path: Path) -> None:
+    tokenizer = _sentencepiece()
+    vocabulary, notes = prove(read_vocabulary(tokenizer, num_rows=len(tokenizer)), tokenizer)
+    assert (vocabulary.engine, vocabulary.adds_bos, vocabulary.adds_space, notes) == ("llama", True, True, ())
+    assert vocabulary.kinds.count(BYTE) == 256
+    with _model(tmp_path, tokenizer) as model:
+        assert model.encode("the cat</s>the \u732b") == tokenizer.encode("the cat</s>the \u732b")
+        assert model.decode(tokenizer.encode("the cat")).strip() == "the cat"
+
+
+def test_a_tokenizer_without_an_engine_in_llama_cpp_is_refused() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("</s>", -2.0)], unk_id=0))
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    with pytest.raises(UserError, match="no engine that is known to read this tokenizer: Unigram"):
+        read_vocabulary(check_tokenizer(own, source="tiny unigram"), num_rows=3)
+
+
 def test_a_file_without_a_template_asks_for_one(tmp_path: Path) -> None:
     with _model(tmp_path, _tokenizer()) as model:
         with pytest.raises(UserError, match="no chat template"):

@@ -84,7 +84,7 @@ def test_a_stream_that_is_left_does_no_harm(speaker: GgufSpeaker) -> None:
     (whole,) = speaker.answer([prompt], GREEDY)
     stream = speaker.stream(prompt, GREEDY)
     next(stream)
-    stream.close()
+    del stream
     assert speaker.answer([prompt], GREEDY)[0].tokens == whole.tokens
 
 

@@ -9,7 +9,7 @@ from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 from zhibei.doctor.pitfalls.tokenizer import uses_ids_beyond
 
-NO_GGUF = "zhibei writes no GGUF file yet, so no run can plan one; the message comes from llama.cpp or its callers."
+FILES, WORDS, FAMILIES = (f"tests/export/test_gguf_{name}.py" for name in ("files", "words", "families"))
 
 FEWEST_TOKENS = 1000
 """Vocabularies of toy models have any size."""
@@ -19,8 +19,8 @@ MOST_ADDED = 7
 @pitfall(
     "gguf",
     cost="hours",
-    kind="explained",
-    because=NO_GGUF,
+    kind="gate",
+    proof=[f"{FILES}::test_a_disk_that_is_too_small_is_seen_before_anything_is_written"],
     errors=[
         r"failed to quantize: basic_ios::clear",
         r"basic_ios::clear: iostream error",
@@ -39,22 +39,27 @@ def export_peak_disk_gguf() -> None:
     Why: Merged 16-bit weights, the 16-bit GGUF and the quantised one lie on the disk at the same time, about 5
     bytes per parameter; llama.cpp reports a full disk only as an iostream error.
 
-    Fix: Export to a volume with room for all three, and delete each intermediate file once the next is verified.
+    Fix: zhibei export quantises while it reads, writes no intermediate file, and asks for the room first. Elsewhere:
+    export to a volume with room for all three, and delete each intermediate file once the next is verified.
 
     GGUF 导出到一半磁盘写满，报的却是流错误。
 
     为何：合并后的 16 位权重、16 位 GGUF 和量化后的 GGUF 同时占用磁盘，约每参数 5 字节；
     llama.cpp 只报告 iostream 错误。
 
-    办法：导出到放得下三份文件的磁盘，每步校验后删除上一步的中间文件。
+    办法：zhibei export 边读边量化，不写中间文件，并且先检查空间。用别的程序时：
+    导出到放得下三份文件的磁盘，每步校验后删除上一步的中间文件。
     """
 
 
 @pitfall(
     "gguf",
     cost="hours",
-    kind="explained",
-    because=NO_GGUF,
+    kind="gate",
+    proof=[
+        f"{FILES}::test_without_the_engine_numpy_writes_the_plain_types_only",
+        f"{FILES}::test_another_build_of_the_engine_is_refused",
+    ],
     errors=[
         r"no working quantizer found",
         r"(?:llama-quantize|quantize|convert(?:[-_]hf[-_]to[-_]gguf)?\.py).{0,80}(?:not found|no such"
@@ -75,22 +80,27 @@ def export_toolchain_missing() -> None:
     Why: Exporters clone and build llama.cpp at the very end, which needs git, cmake and a compiler; its scripts
     were renamed more than once (convert.py, quantize to llama-quantize).
 
-    Fix: Build a pinned llama.cpp and run llama-quantize --help before the training, not after it.
+    Fix: zhibei export needs two packages and no compiler: pip install 'zhibei[gguf]'. Elsewhere: build a pinned
+    llama.cpp and run llama-quantize --help before the training, not after it.
 
     GGUF 导出所需的工具缺失或已改名。
 
     为何：导出程序在最后才克隆并编译 llama.cpp，需要 git、cmake 和编译器；它的脚本也多次改名（convert.py，
     quantize 改为 llama-quantize）。
 
-    办法：在训练之前就编译好固定版本的 llama.cpp，并运行 llama-quantize --help 确认。
+    办法：zhibei export 只需两个软件包，不用编译器：pip install 'zhibei[gguf]'。用别的程序时：
+    在训练之前就编译好固定版本的 llama.cpp，并运行 llama-quantize --help 确认。
     """
 
 
 @pitfall(
     "gguf",
     cost="run",
-    kind="explained",
-    because=NO_GGUF,
+    kind="gate",
+    proof=[
+        f"{FAMILIES}::test_what_llama_cpp_cannot_express_is_refused",
+        f"{FAMILIES}::test_llama_cpp_gives_the_logits_of_transformers",
+    ],
     errors=[
         r"Model \w+ is not supported",
         r"NotImplementedError: Architecture '?\w+'? not supported",
@@ -123,8 +133,9 @@ def gguf_arch_unsupported() -> None:
 @pitfall(
     "gguf",
     cost="hours",
-    kind="explained",
-    because=NO_GGUF,
+    kind="construction",
+    because="The prompt of a GGUF file begins with BOS once, whoever writes it: file, template or both.",
+    proof=[f"{WORDS}::test_bos_stands_in_front_once_whoever_writes_it"],
     errors=[
         r"added a BOS token to the prompt as specified by the model but the prompt also starts with a BOS",
         r"double BOS",
@@ -155,8 +166,9 @@ def gguf_double_bos_at_inference() -> None:
 @pitfall(
     "gguf",
     cost="hours",
-    kind="explained",
-    because=NO_GGUF,
+    kind="construction",
+    because="The vocabulary is taken from the tokenizer as training uses it; tokenizer.json is enough.",
+    proof=[f"{WORDS}::test_a_sentencepiece_vocabulary_is_read_from_tokenizer_json"],
     errors=[
         r"could not find (?:a )?tokenizer\.model",
         r"tokenizer\.model.{0,80}(?:not found|no such file|is missing)",
@@ -189,8 +201,11 @@ def gguf_no_tokenizer_model() -> None:
 @pitfall(
     "gguf",
     cost="run",
-    kind="explained",
-    because=NO_GGUF,
+    kind="gate",
+    proof=[
+        f"{WORDS}::test_a_wrong_pre_tokenizer_is_seen",
+        f"{WORDS}::test_the_pre_tokenizer_is_found_and_gives_the_same_tokens",
+    ],
     errors=[
         r"BPE pre-tokenizer was not recognized",
         r"get_vocab_base_pre\(\)",
@@ -353,8 +368,9 @@ def gguf_vocab_model_32001_tok_32000(facts: Facts) -> Iterable[Finding]:
 @pitfall(
     "gguf",
     cost="hours",
-    kind="explained",
-    because=NO_GGUF,
+    kind="construction",
+    because="An adapter becomes a GGUF file merged into its base; no adapter files of llama.cpp are written.",
+    proof=[f"{FILES}::test_an_adapter_is_merged_while_it_is_read"],
     errors=[
         r"lora-to-gguf",
         r"unexpected name .{1,120}not a lora_A or lora_B tensor",

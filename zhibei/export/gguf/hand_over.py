@@ -159,7 +159,7 @@ def _write_modelfiles(ready: Ready, written: Sequence[Exported], folder: Path) -
             notes.setdefault("Ollama reads no files in parts: no Modelfile was written for them")
             continue
         text, more = modelfile(
-            one.paths[-1].name,
+            next(iter(one.paths)).name,
             ready.source.template,
             context_tokens=int(ready.source.config["max_position_embeddings"]),
             eos=tokenizer.eos,
