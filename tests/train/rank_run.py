@@ -1,0 +1,42 @@
+"""Trains whole runs as one of several ranks, one after the other; started by tests, never imported by them.
+
+python -m tests.train.rank_run ORDERS.json        (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from zhibei.config.errors import UserError
+from zhibei.config.read import read_run
+from zhibei.model.ranks import met
+from zhibei.store.run_dir import RunDir
+from zhibei.train.loops import train
+
+
+def main() -> None:
+    orders = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with met(torch.device("cpu"), patience_seconds=120) as ranks:
+        for order in orders:
+
+            def watch(record: dict, stop: int | None = order.get("signal_after_step")) -> None:
+                if stop is not None and record["kind"] == "train" and record["step"] == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            resume = RunDir(Path(order["resume"])) if order.get("resume") else None
+            try:
+                train(read_run(order["file"], order["overrides"]), watch=watch, resume=resume)
+            except UserError as error:
+                if not order.get("fails"):
+                    raise
+                told = ranks.gathered([type(error).__name__, error.what])
+                if ranks.is_first:
+                    Path(order["fails"]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
