@@ -40,7 +40,7 @@ class Limits:
 
     slots: int = _LIMITS.slots
     """Answers computed together, for each model."""
-    context: int | None = None
+    context_tokens: int | None = None
     """Most tokens of prompt and answer together; less than the model's context saves memory."""
     max_waiting: int = _LIMITS.most_waiting
     """Answers that may wait for a slot; more are refused with 429."""
@@ -124,7 +124,7 @@ def settings_of(doors: Doors, limits: Limits) -> ServerSettings:
         api_keys=keys,
         cors_origins=doors.cors_origin,
         slots=limits.slots,
-        context_tokens=limits.context,
+        context_tokens=limits.context_tokens,
         most_waiting=limits.max_waiting,
         most_new_tokens=limits.max_new_tokens,
         most_body_bytes=limits.max_body_bytes,

@@ -161,7 +161,7 @@ def serve_no_chat_template() -> None:
     "serving",
     cost="hours",
     kind="construction",
-    because="Each slot of zhibei serve has the whole context, or what --context names; nothing is divided.",
+    because="Each slot of zhibei serve has the whole context, or what --context-tokens names; nothing is divided.",
     proof=["tests/serve/test_api.py::test_every_slot_has_the_whole_context"],
     errors=[
         r"n_ctx_per_seq \(\d+\) < n_ctx_train",
