@@ -60,6 +60,9 @@ stages:
     judge: $rm
     max_new_tokens: 8
     most: 10
+  - name: whole
+    stage: merge
+    model: $ppo
 {more}"""
     )
     return file

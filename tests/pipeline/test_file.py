@@ -38,6 +38,7 @@ def test_stages_take_what_is_shared_and_their_own_wins(file: Path) -> None:
         ("rm", "reward"),
         ("ppo", "ppo"),
         ("scores", "evaluate"),
+        ("whole", "merge"),
     ]
     runs = {stage.name: stage.resolved({}, runs=pipeline.folder) for stage in pipeline.stages[:3]}
     assert [run.run.seed for run in runs.values()] == [1, 5, 1]

@@ -12,7 +12,7 @@ import pytest
 from tests.pipeline.small_pipeline import small_pipeline
 from zhibei.cli.app import run_command
 from zhibei.config.errors import UserError
-from zhibei.pipeline.asked import read_asked, require_as_asked
+from zhibei.pipeline.asked import read_asked, require_as_asked, settings_of
 from zhibei.pipeline.compared import compare_all
 from zhibei.pipeline.evaluation import Measured
 from zhibei.pipeline.file import read_pipeline
@@ -64,18 +64,18 @@ def learned(path: Path) -> list[tuple[int, Any]]:
 def test_killed_in_any_stage_it_ends_where_it_would_have_ended(done) -> None:
     folder, outcome, records = done
     told = [(record["name"], record["text"]) for record in records if record["kind"] == "stage"]
-    assert [name for name, _ in told] == ["sft", "rm", "ppo", "scores"]
+    assert [name for name, _ in told] == ["sft", "rm", "ppo", "scores", "whole"]
     assert [text for _, text in told][:3] == ["done already", "done already", "goes on"]
     for stage in ("sft", "ppo"):
         figures = [learned(folder / "runs" / name / stage / "metrics.jsonl") for name in ("small", "whole")]
         assert sorted(set(figures[0])) == figures[1]
-    assert [entry["name"] for entry in outcome["stages"]] == ["sft", "rm", "ppo", "scores"]
+    assert [entry["name"] for entry in outcome["stages"]] == ["sft", "rm", "ppo", "scores", "whole"]
 
 
 @pytest.mark.slow
 def test_scores_of_all_models_on_the_same_questions(done) -> None:
     folder, outcome, _ = done
-    scores = outcome["stages"][-1]["scores"]
+    scores = outcome["stages"][3]["scores"]
     assert [model["name"] for model in scores["models"]] == ["base", "sft", "ppo"]
     assert set(scores["scores"]) == {"loss", "right", "judge"}
     assert set(scores["scores"]["loss"]) == {"base", "sft", "ppo"}
@@ -102,6 +102,19 @@ def test_a_finished_pipeline_is_left_alone_and_a_changed_one_is_refused(done, mo
     require_as_asked(read_pipeline(file, ["stages.sft.sft.beta1=0.8", "name=other"]))
 
 
+def test_fields_of_a_newer_version_are_no_change(tmp_path: Path) -> None:
+    pipeline = read_pipeline(small_pipeline(tmp_path))
+    (pipeline.folder / "sft").mkdir(parents=True)
+    (pipeline.folder / "sft/metrics.jsonl").write_text("")
+    settings = settings_of(pipeline.stage("sft"), pipeline)
+    del settings["sft.neftune_alpha"]
+    asked = {"sft": {"kind": "sft", "settings": settings, "inputs": {}}}
+    (pipeline.folder / "asked.json").write_text(json.dumps({"format": 1, "stages": asked}))
+    require_as_asked(pipeline)
+    with pytest.raises(UserError, match="neftune_alpha of the interrupted stage sft was null"):
+        require_as_asked(read_pipeline(tmp_path / "small.yaml", ["stages.sft.sft.neftune_alpha=5"]))
+
+
 @pytest.mark.slow
 def test_a_stage_whose_input_was_made_again_is_refused(done, monkeypatch) -> None:
     folder, _, _ = done
@@ -117,6 +130,20 @@ def test_a_stage_whose_input_was_made_again_is_refused(done, monkeypatch) -> Non
     (copy / "asked.json").write_text(json.dumps(asked))
     with pytest.raises(UserError, match="this pipeline has not made it"):
         require_as_asked(pipeline)
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_proved_and_a_stage_can_go_on_from_it(done) -> None:
+    folder, outcome, _ = done
+    handed = outcome["stages"][4]["handed_over"]
+    assert handed["proofs"][0]["failures"] == []
+    assert (folder / "runs/small/whole/model/config.json").is_file()
+    text = (folder / "small.yaml").read_text() + "  - name: more\n    stage: sft\n    model: {path: $whole}\n"
+    (folder / "more.yaml").write_text(text + f"    data: {{sources: [{folder / 'rows.json'}]}}\n")
+    pipeline = read_pipeline(folder / "more.yaml")
+    found = {one.stage.name: one.state for one in foresee(pipeline, plans=False)}
+    assert found == {**dict.fromkeys(("sft", "rm", "ppo", "scores", "whole"), "finished"), "more": "new"}
+    assert pipeline.product("whole").endswith("small/whole/model")
 
 
 @pytest.mark.slow
@@ -136,6 +163,7 @@ def test_everything_is_checked_before_anything_runs(tmp_path: Path, capsys, monk
         "rm": False,
         "ppo": True,
         "scores": False,
+        "whole": False,
     }
     with pytest.raises(UserError, match=r"nowhere.json"):
         run_pipeline(pipeline, watch=lambda record: None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zhibei.pipeline.foresee import Foreseen
     from zhibei.plan.search import Candidate
 
-NEWS = ("started", "resumed", "stopped", "interrupted", "warning", "evaluated", "rolled back")
+NEWS = ("started", "resumed", "stopped", "interrupted", "warning", "evaluated", "handed over", "rolled back")
 
 
 def run(

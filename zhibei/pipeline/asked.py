@@ -20,10 +20,10 @@ from zhibei.store.manifest import read_manifest
 from zhibei.store.run_dir import RunDir
 
 ASKED_FILE = "asked.json"
-SCORES_FILE = "scores.json"
+SCORES_FILE, HANDED_FILE = "scores.json", "handed_over.json"
 ANY_VALUE = ("name", "runs", "device", "rehearse", "accept", "data.workers", "data.cache")
 """Fields that may change while a pipeline is under way: they change nothing that is learned."""
-ANY_SECTION = ("log.", "watch.")
+ANY_SECTION = ("log.", "watch.", "distributed.")
 
 
 def settings_of(stage: Stage, pipeline: Pipeline) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def product_id(folder: Path) -> str:
     run_dir = RunDir(folder)
     if run_dir.model.is_dir() and run_dir.manifest.is_file():
         return str(read_manifest(folder)["run_id"])
-    scores = folder / SCORES_FILE
-    return sha256_of(scores) if scores.is_file() else ""
+    documents = [folder / name for name in (SCORES_FILE, HANDED_FILE) if (folder / name).is_file()]
+    return sha256_of(documents[0]) if documents else ""
 
 
 def is_begun(folder: Path) -> bool:
@@ -120,6 +120,8 @@ def _changes(pipeline: Pipeline, stage: Stage, asked: Mapping[str, Any]) -> Iter
     origins = stage.resolved({}, runs=pipeline.folder).origins if stage.about.trains else {}
     for key in sorted(set(now) | set(before["settings"])):
         old, new = before["settings"].get(key), now.get(key)
+        if key not in before["settings"] and origins.get(key, "default") in ("default", "planned"):
+            continue  # a field that came with a newer version, as it always was
         if old != new:
             yield UserError(
                 f"{key} of the {state} stage {stage.name} was {_shown(old)} and is {_shown(new)} now",
@@ -159,6 +161,5 @@ def _shown(value: Any) -> str:
 
 def resolved_with(stage: Stage, pipeline: Pipeline) -> ResolvedRun:
     """The run of a stage with the places of what earlier stages made."""
-    folder = pipeline.folder.resolve()
-    places = {name: str(folder / name) for name in stage.references.values()}
-    return stage.resolved(places, runs=folder)
+    places = {name: pipeline.product(name) for name in stage.references.values()}
+    return stage.resolved(places, runs=pipeline.folder.resolve())

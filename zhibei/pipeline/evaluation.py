@@ -101,7 +101,7 @@ def _name(text: str) -> str:
 
 
 def _place(work: Work, text: str) -> str:
-    return str(work.pipeline.folder.resolve() / text[1:]) if text.startswith("$") else text
+    return work.pipeline.product(text[1:]) if text.startswith("$") else text
 
 
 def _run_of(work: Work, text: str) -> RunFile:

@@ -77,6 +77,10 @@ class Pipeline:
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
+    def product(self, name: str) -> str:
+        """Where what a stage makes lies, or will lie."""
+        return str(self.folder.resolve() / name / self.stage(name).about.inside)
+
     def before(self, stage: Stage) -> list[Stage]:
         return list(self.stages[: self.stages.index(stage)])
 

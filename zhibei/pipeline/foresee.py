@@ -113,7 +113,7 @@ def stand_in(pipeline: Pipeline, stage: Stage, *, with_reward: bool) -> Resolved
     places: dict[str, str] = {}
     template = ""
     for key, name in stage.references.items():
-        before = stand_in(pipeline, pipeline.stage(name), with_reward=with_reward)
+        before = stand_in(pipeline, made_by(pipeline, name), with_reward=with_reward)
         places[name] = before.run.model.path
         template = before.run.data.template if key == "model.path" else template
     resolved = stage.resolved(places, runs=pipeline.folder.resolve())
@@ -124,6 +124,14 @@ def stand_in(pipeline: Pipeline, stage: Stage, *, with_reward: bool) -> Resolved
         data = resolved.run.data.model_copy(update={"template": template})
         return replace(resolved, run=resolved.run.model_copy(update={"data": data}))
     return resolved
+
+
+def made_by(pipeline: Pipeline, name: str) -> Stage:
+    """The stage that trained what a stage makes: of a merged model, the one that trained its adapters."""
+    stage = pipeline.stage(name)
+    while not stage.about.trains and stage.references:
+        stage = pipeline.stage(next(iter(stage.references.values())))
+    return stage
 
 
 def _without(resolved: ResolvedRun, keys: list[str]) -> ResolvedRun:
@@ -143,7 +151,10 @@ def between_stages(pipeline: Pipeline) -> Iterator[UserError]:
             continue
         own = stage.resolved({}, runs=pipeline.folder)
         for key, name in stage.references.items():
-            before = pipeline.stage(name).resolved({}, runs=pipeline.folder)
+            source = made_by(pipeline, name)
+            if not source.about.trains:
+                continue
+            before = source.resolved({}, runs=pipeline.folder)
             ours, theirs = own.run.data.template, before.run.data.template
             if "auto" not in (ours, theirs) and ours != theirs:
                 yield UserError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from zhibei.config.effects import STAGES
 
-Makes = Literal["model", "scorer", "scores"]
+Makes = Literal["model", "scorer", "scores", "files"]
 ANSWERING: tuple[Makes, ...] = ("model",)
 SCORING: tuple[Makes, ...] = ("scorer",)
 
@@ -35,6 +35,8 @@ class Kind:
     makes: Makes
     settings: Mapping[str, Setting] = field(default_factory=dict)
     work: str = ""
+    inside: str = ""
+    """Where in the stage's folder its product lies; "" is the folder itself, as of a run."""
     misfit: Callable[[Mapping[str, Any]], tuple[str, str] | None] = lambda settings: None
     """What does not fit together in its fields, and what to do."""
 
@@ -70,6 +72,20 @@ EVALUATE: dict[str, Setting] = {
     "temperature": Setting("number", 0.0, "Of sampling; 0 takes the likeliest token."),
     "template": Setting("text", None, "Template of models that were not trained here; by default data.template."),
 }
+SOURCE = Setting("text", None, "The model that is handed on: $stage, a run, a folder or an adapter.", ANSWERING)
+HAND_OVER: dict[str, Setting] = {
+    "model": SOURCE,
+    "dtype": Setting("text", "as-base", "Type of the weights: as-base, bf16, fp16 or fp32."),
+}
+GGUF: dict[str, Setting] = {
+    "model": SOURCE,
+    "types": Setting("texts", ["Q8_0"], "Types of the files, such as [Q8_0, Q4_K_M]."),
+    "imatrix": Setting("text", None, "An importance matrix: a file, or run for one of the run's training rows."),
+}
+
+
+def _no_source(settings: Mapping[str, Any]) -> tuple[str, str] | None:
+    return None if settings["model"] is not None else ("nothing says which model", "set model: $sft, or a folder")
 
 
 def _evaluate_misfit(settings: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -86,7 +102,10 @@ def _evaluate_misfit(settings: Mapping[str, Any]) -> tuple[str, str] | None:
 
 KINDS: dict[str, Kind] = {
     **{stage: Kind("scorer" if stage == "reward" else "model") for stage in STAGES},
-    "evaluate": Kind("scores", EVALUATE, "zhibei.pipeline.evaluation:evaluate_stage", _evaluate_misfit),
+    "evaluate": Kind("scores", EVALUATE, "zhibei.pipeline.evaluation:evaluate_stage", misfit=_evaluate_misfit),
+    "merge": Kind("model", HAND_OVER, "zhibei.pipeline.handing_over:merge_stage", "model", _no_source),
+    "export": Kind("files", HAND_OVER, "zhibei.pipeline.handing_over:export_stage", "model", _no_source),
+    "gguf": Kind("files", GGUF, "zhibei.pipeline.handing_over:gguf_stage", "model", _no_source),
 }
 
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 REFERENCE = re.compile(r"\$(\w+)")
 BRACED = re.compile(r"\$\{\s*(\w*)\s*\}")
-MADE = {"model": "a language model", "scorer": "a reward model", "scores": "no model"}
+MADE = {
+    "model": "a language model",
+    "scorer": "a reward model",
+    "scores": "no model",
+    "files": "files for other programs",
+}
 
 
 def find_references(

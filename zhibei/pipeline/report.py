@@ -25,6 +25,8 @@ def write_pipeline_report(pipeline: Pipeline, outcome: dict[str, Any]) -> Path:
     for entry in outcome["stages"]:
         if "scores" in entry:
             sections += [_scores(entry), _paired(entry), _answers(entry)]
+        if "handed_over" in entry:
+            sections.append(_handed_over(entry))
     sections.append(_onward(pipeline, outcome))
     subtitle = both("pipeline, this call took ", "流水线，本次用时 ") + duration(outcome["seconds"])
     path = pipeline.folder / "report.html"
@@ -138,6 +140,20 @@ def _sample(example: dict[str, Any]) -> Markup:
         answers.append(tag("div", tag("h4", name) + said + told))
     body = tag("div", question, class_="prompt") + tag("div", join(answers), class_="answers")
     return tag("div", body, class_="sample")
+
+
+def _handed_over(entry: dict[str, Any]) -> Section:
+    """Each proof: how far the new form is from its source."""
+    head = [both("form", "形式"), both("mean KL, nats", "平均 KL"), both("same top token", "首选词元一致"),
+            both("perplexity change", "困惑度变化"), both("MiB", "大小 MiB")]  # fmt: skip
+    names = ("kl_mean", "top1_agreement", "perplexity_change")
+    rows = [
+        [proof["kind"], *(figure(proof[name]) for name in names), f"{proof['other']['bytes_on_disk'] / 2**20:,.1f}"]
+        for proof in entry["handed_over"]["proofs"]
+    ]
+    body = tag("p", entry["handed_over"]["path"], class_="text") + table(head, rows, numeric=(1, 2, 3, 4))
+    body = body + join(tag("p", text, class_="note") for text in entry["handed_over"]["notes"])
+    return Section(f"Handed over: {entry['name']}", f"移交：{entry['name']}", body)
 
 
 def _onward(pipeline: Pipeline, outcome: dict[str, Any]) -> Section:

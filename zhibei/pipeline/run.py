@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from zhibei.config.errors import RunInterrupted
-from zhibei.pipeline.asked import SCORES_FILE, note_asked, product_id, require_as_asked, resolved_with, take_folder
+from zhibei.pipeline.asked import (
+    HANDED_FILE,
+    SCORES_FILE,
+    note_asked,
+    product_id,
+    require_as_asked,
+    resolved_with,
+    take_folder,
+)
 from zhibei.pipeline.file import Pipeline, Stage
 from zhibei.pipeline.foresee import Foreseen, foresee
 from zhibei.pipeline.report import write_pipeline_report
@@ -78,6 +86,9 @@ ABOUT = {
     "grpo": "learns from groups of its own answers",
     "raft": "learns from the best of its own answers",
     "evaluate": "the same questions to every model",
+    "merge": "adapters and base become one model",
+    "export": "a folder for every other program",
+    "gguf": "files for llama.cpp",
 }
 
 
@@ -103,7 +114,7 @@ def _note_final(pipeline: Pipeline) -> None:
     made = [
         stage.name
         for stage in pipeline.stages
-        if stage.about.makes == "model" and product_id(pipeline.folder / stage.name)
+        if stage.about.makes == "model" and stage.about.trains and product_id(pipeline.folder / stage.name)
     ]
     if made:
         write_pipeline(pipeline.folder, stages=[stage.name for stage in pipeline.stages], final=made[-1])
@@ -117,7 +128,8 @@ def outcome_of(pipeline: Pipeline, *, seconds: float) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "folder": str(folder)}
         if stage.about.trains and product_id(folder):
             entry["finished"] = read_manifest(folder).get("finished")
-        elif (folder / SCORES_FILE).is_file():
-            entry["scores"] = read_json(folder / SCORES_FILE)
+        for key, name in (("scores", SCORES_FILE), ("handed_over", HANDED_FILE)):
+            if (folder / name).is_file():
+                entry[key] = read_json(folder / name)
         stages.append(entry)
     return {"name": pipeline.name, "folder": str(pipeline.folder), "stages": stages, "seconds": round(seconds, 2)}
