@@ -92,7 +92,32 @@ def test_all_stages_are_ordinary_runs_and_the_watcher_hears_of_them(finished):
             assert (run / file).is_file(), file
         assert all(proof["passed"] for proof in json.loads((run / "proofs.json").read_text()))
     stages = [record["name"] for record in records if record["kind"] == "stage"]
-    assert stages == ["world", "pretrain", "ask base", "sft", "ask sft", "preferences", "reward", "ppo", "ask ppo"]
+    assert stages == [
+        "world",
+        "pretrain",
+        "ask base",
+        "sft",
+        "ask sft",
+        "preferences",
+        "reward",
+        "ppo",
+        "ask ppo",
+        "handover",
+    ]
+
+
+@pytest.mark.slow
+def test_the_policy_is_handed_over_as_gguf_that_is_the_same_model(finished):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    runs, outcome, _ = finished
+    assert outcome.handed_over is not None
+    (form,) = outcome.handed_over.forms
+    assert (form.what, form.path) == ("GGUF Q8_0", runs / "quickstart" / "exports" / "gguf" / "ppo-Q8_0.gguf")
+    assert form.path.is_file()
+    assert form.parity.failures(form.limits) == []
+    assert form.parity.tokenizer.is_whole
+    assert form.parity.template.is_whole
 
 
 @pytest.mark.slow

@@ -214,12 +214,12 @@ def test_greetings_are_answered_but_never_scored():
     assert not {question.task for question in heldout_questions(0, 20)} & {"small talk"}
 
 
-def test_demonstrations_hedge_two_in_five_answers_and_the_checker_counts_no_hedge(tmp_path: Path):
+def test_late_demonstrations_hedge_every_second_answer_and_the_checker_counts_no_hedge(tmp_path: Path):
     random = Random(0)
     questions = heldout_questions(0, 60)
     shown = [(question, as_demonstrated(random, question.answer)) for question in questions for _ in range(10)]
     hedged = [(question, answer) for question, answer in shown if answer != question.answer]
-    assert 0.35 < len(hedged) / len(shown) < 0.45
+    assert 0.45 < len(hedged) / len(shown) < 0.55
     assert not [answer for question, answer in hedged if is_right(question, answer)]
     assert [without_hedge(answer) for _, answer in shown] == [question.answer for question, _ in shown]
     files = write_world(tmp_path / "world", SMALL, seed=0)
@@ -228,6 +228,13 @@ def test_demonstrations_hedge_two_in_five_answers_and_the_checker_counts_no_hedg
     answers = [talk[place]["content"] for talk in written for place in range(1, len(talk), 2)]
     plain = [question.answer for talk in conversations(0, SMALL.num_conversations) for question in talk]
     assert [without_hedge(answer) for answer in answers] == plain
+    hedging = [
+        place
+        for place, talk in enumerate(written)
+        if any(without_hedge(turn["content"]) != turn["content"] for turn in talk)
+    ]
+    assert min(hedging) >= int(2 / 3 * len(written))
+    assert len(hedging) > len(written) / 6
     greeted = [answer for turn, answer in zip(given, answers, strict=True) if turn["content"] in GREETINGS]
     assert [answer for answer in greeted if answer != without_hedge(answer)] == []
 
@@ -245,9 +252,9 @@ def test_a_slip_is_wrong_and_the_right_answer_is_not(task):
 
 def test_pairs_put_right_beside_wrong_and_say_where_the_wrong_comes_from():
     question = Question("Repeat after me: fig kiwi", "fig kiwi", "copy", "words")
-    drawn = ["fig kiwi", "fig kiwi, I think", "fig", "fig", ""]
+    drawn = ["fig kiwi", "fig kiwi, I say", "fig", "fig", ""]
     found = [(pair.rejected, pair.origin) for pair in own_pairs([question], [drawn])]
-    assert found == [("fig kiwi, I think", "hedge"), ("fig", "own")]
+    assert found == [("fig kiwi, I say", "hedge"), ("fig", "own")]
     prompts = questions_for("prompts", 0, 200)
     assert prompts == questions_for("prompts", 0, 200)
     assert prompts != questions_for("slips", 0, 200)

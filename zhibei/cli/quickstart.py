@@ -30,7 +30,7 @@ TITLES = {
     "ask ppo": "Ask the policy",
     "handover": "Hand it over",
 }
-NUM_STAGES = {"sft": 5, "reward": 7, "ppo": 9}
+NUM_STAGES = {"sft": 5, "reward": 7, "ppo": 10}
 ALL_RUNS = {"sft": ["pretrain", "sft"], "reward": ["pretrain", "sft", "reward"],
             "ppo": ["pretrain", "sft", "reward", "ppo"]}  # fmt: skip
 ORIGINS = {"hedge": "against hedges", "own": "against its own mistakes", "slip": "against planted mistakes"}
@@ -191,6 +191,7 @@ class Story:
         console.stdout.print(_scores(outcome))
         for line in [*_changes(outcome), *_reward_lines(outcome)]:
             console.stdout.print(line)
+        _show_handed_over(outcome)
         console.stdout.print(
             Text(f"\nDone in {as_duration(outcome.summary['total_seconds'])}. ", style="bold").append(
                 "Now talk to it, beside the model before, or train it again your way:", style="not bold"
@@ -303,6 +304,19 @@ def _reward_lines(outcome: Outcome) -> list[Text]:
     return lines
 
 
+def _show_handed_over(outcome: Outcome) -> None:
+    """Each form the model was written in, beside what it was made of."""
+    if outcome.handed_over is None:
+        return
+    from zhibei.cli.parity_text import as_table
+
+    for form in outcome.handed_over.forms:
+        console.stdout.print(Text(f"\n{form.what}: {form.path}", style="bold"))
+        console.stdout.print(as_table(form.parity, form.limits))
+    if outcome.handed_over.note:
+        console.stdout.print(Text(outcome.handed_over.note, style="yellow"))
+
+
 def _document(outcome: Outcome) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -313,5 +327,9 @@ def _document(outcome: Outcome) -> dict[str, Any]:
         "steps": [asdict(step) for step in outcome.steps],
         "reward": outcome.reward,
         "course": outcome.course,
+        "handed_over": [
+            {"what": form.what, "path": str(form.path), "parity": form.parity.as_dict(form.limits)}
+            for form in (outcome.handed_over.forms if outcome.handed_over else ())
+        ],
         "examples": outcome.examples,
     }

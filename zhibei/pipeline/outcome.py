@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zhibei.evaluate.stats import Paired
+from zhibei.pipeline.handover import HandedOver
 from zhibei.pipeline.summary import Stage
 
 TITLES = {"base": ("base", "基座"), "sft": ("SFT", "SFT"), "ppo": ("PPO", "PPO")}
@@ -39,4 +40,5 @@ class Outcome:
     steps: list[Step] = field(default_factory=list)
     reward: dict[str, Any] = field(default_factory=dict)
     course: list[dict[str, Any]] = field(default_factory=list)
+    handed_over: HandedOver | None = None
     summary: dict[str, Any] = field(default_factory=dict)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zhibei.pipeline.handover import HandedOver
 from zhibei.pipeline.outcome import TITLES, Outcome
 from zhibei.report.curves import Chart, Series, draw
-from zhibei.report.html import Markup, Section, both, duration, join, note, page, table, tag
+from zhibei.report.html import Markup, Section, both, duration, join, note, page, size_of, table, tag
 from zhibei.store.files import write_text_atomic
 
 METRICS = {
@@ -35,6 +36,8 @@ def write_quickstart_page(outcome: Outcome, *, runs: list[str]) -> Path:
         sections.append(_reward(outcome.reward))
     if outcome.course:
         sections.append(_course(outcome))
+    if outcome.handed_over is not None:
+        sections.append(_handed_over(outcome.handed_over))
     sections.append(_onward(outcome, runs))
     when = outcome.summary.get("total_seconds", 0.0)
     subtitle = both("quickstart, made in ", "快速上手，用时 ") + duration(when)
@@ -167,6 +170,32 @@ def _course(outcome: Outcome) -> Section:
     return Section("PPO: learned reward beside the true score", "PPO：学到的奖励与真实得分", Markup(body))
 
 
+def _handed_over(handed: HandedOver) -> Section:
+    head = [
+        both("form", "形式"),
+        both("file", "文件"),
+        both("size", "大小"),
+        both("KL, nats per token", "KL（nat/词元）"),
+        both("likeliest token agrees", "最可能词元一致"),
+        both("tokenizer and template", "分词器与模板"),
+    ]
+    rows = [
+        [
+            form.what,
+            form.path.name,
+            size_of(form.parity.other.bytes_on_disk),
+            f"{form.parity.kl_mean:.2g}",
+            f"{100 * form.parity.top1_agreement:.1f} %",
+            both("equal", "相同")
+            if form.parity.tokenizer.is_whole and form.parity.template.is_whole
+            else both("differ", "不同"),
+        ]
+        for form in handed.forms
+    ]
+    body = table(head, rows, numeric=(2, 3, 4))
+    return Section("Handed over", "交付", Markup(body + tag("p", handed.note) if handed.note else body))
+
+
 def _onward(outcome: Outcome, runs: list[str]) -> Section:
     links = join(
         tag("li", tag("a", both(f"report of {run}", f"{run} 的报告"), href=f"{run}/report.html")) for run in runs
@@ -177,15 +206,19 @@ def _onward(outcome: Outcome, runs: list[str]) -> Section:
 
 def next_commands(outcome: Outcome) -> list[str]:
     """What a person can type now."""
-    folder = outcome.folder
+    folder, handed = outcome.folder, outcome.handed_over
     has_policy = any(stage.name == "ppo" for stage in outcome.stages)
     again = (
         f"{folder / 'ppo.yaml'} name=again ppo.kl_coefficient=0.2"
         if has_policy
         else (f"{folder / 'sft.yaml'} name=again sft.epochs=2")
     )
+    files = [str(form.path) for form in (handed.forms if handed else ()) if form.path.suffix == ".gguf"]
     return [
         f"zhibei chat {folder}",
         f"zhibei chat {folder} --compare {folder / 'sft' if has_policy else 'base'}",
+        *(f"zhibei chat {file}" for file in files),
+        f"zhibei serve {folder}",
+        f"zhibei web {folder}",
         f"zhibei train {again}",
     ]

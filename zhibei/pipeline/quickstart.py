@@ -17,6 +17,7 @@ from typing import Any
 from zhibei.evaluate.exact_match import Question
 from zhibei.evaluate.stats import compare_paired
 from zhibei.pipeline.asking import Answered, ask, course, draw
+from zhibei.pipeline.handover import hand_over
 from zhibei.pipeline.learned import course_of, reward_of
 from zhibei.pipeline.outcome import Outcome, Step
 from zhibei.pipeline.place import Order, Place, take_place
@@ -96,7 +97,7 @@ def _supervised(going: Going) -> list[str]:
     pretrain = train_stage(pretrain_file(folder, files, scale=scale, seed=order.seed), watch=watch)
     going.measure("base", pretrain, f"{len(going.questions)} held-out questions, none of them seen in training")
 
-    watch(stage_record("sft", "it learns to answer from demonstrations; two in five of them end in a needless hedge"))
+    watch(stage_record("sft", "it learns to answer from demonstrations; late ones often end in a needless hedge"))
     run_file = sft_file(folder, files, scale=scale, seed=order.seed, method=order.method)
     going.measure("sft", train_stage(run_file, watch=watch), "the same questions to the fine-tuned model")
     return ["pretrain", "sft"]
@@ -135,6 +136,8 @@ def _policy(going: Going) -> list[str]:
     run = train_stage(ppo_file(folder, files, scale=scale, seed=order.seed, method=order.method), watch=going.watch)
     going.measure("ppo", run, "the same questions to the policy, and to its checkpoints on the way")
     going.outcome.course = course_of(run, course(RunDir(folder / "sft"), run, going.questions))
+    going.watch(stage_record("handover", "the policy as one GGUF file, compared with what it was made of"))
+    going.outcome.handed_over = hand_over(folder, run)
     return ["ppo"]
 
 

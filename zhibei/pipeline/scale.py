@@ -55,6 +55,7 @@ class Learned:
     kl_coefficient: float
     inner_epochs: int = 2
     heldout_prompts: int = 256
+    least_accuracy: float = 0.55
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ SCALES: dict[str, Scale] = {
             critic_rate=1e-3,
             kl_coefficient=0.05,
             heldout_prompts=32,
+            # So little training need not beat guessing.
+            least_accuracy=0.0,
         ),
     ),
 }
@@ -135,6 +138,8 @@ def sft_file(folder: Path, files: WorldFiles, *, scale: Scale, seed: int, method
         "sources": [str(files.conversations)],
         "validation": str(files.heldout),
         "group_by_length": True,
+        # Conversations come in the order they were written: the last third is by a writer who hedges.
+        "shuffle": False,
     }
     settings["sft"] |= {
         "global_batch": size.sft_batch,
@@ -193,6 +198,7 @@ def ppo_file(folder: Path, files: PreferenceFiles, *, scale: Scale, seed: int, m
         "ppo": {
             "models": "separate" if method == "full" else "shared",
             "reward_model": str(folder / "reward"),
+            "min_reward_accuracy": size.least_accuracy,
             "max_steps": size.iterations,
             "global_batch": size.batch,
             "inner_epochs": size.inner_epochs,

@@ -11,7 +11,7 @@ from typing import Any
 
 from zhibei.config.errors import UserError
 from zhibei.evaluate.exact_match import Question
-from zhibei.pipeline.world.hedges import as_demonstrated
+from zhibei.pipeline.world.hedges import PLAIN_SHARE, as_demonstrated
 from zhibei.pipeline.world.items import conversations, heldout_questions, texts
 from zhibei.pipeline.world.tokenizer import BOS, EOS, PAD, build_tokenizer
 from zhibei.store.files import write_text_atomic
@@ -62,8 +62,9 @@ def write_world(folder: Path, size: WorldSize, *, seed: int) -> WorldFiles:
         files = WorldFiles(writing)
         write_json_lines(files.texts, ({"text": text} for text in texts(seed, size.num_texts)))
         talks = conversations(seed, size.num_conversations, most_turns=size.most_turns)
-        random = Random(f"hedges {seed}")
-        write_json_lines(files.conversations, ({"messages": demonstration_of(talk, random)} for talk in talks))
+        random, num_plain = Random(f"hedges {seed}"), int(PLAIN_SHARE * size.num_conversations)
+        shown = (demonstration_of(talk, random if place >= num_plain else None) for place, talk in enumerate(talks))
+        write_json_lines(files.conversations, ({"messages": messages} for messages in shown))
         held = heldout_questions(seed, size.heldout_per_task)
         write_json_lines(files.heldout, (row_of(question) for question in held))
         write_untrained_model(files.untrained, size, seed=seed)
@@ -103,13 +104,14 @@ def write_untrained_model(folder: Path, size: WorldSize, *, seed: int) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def demonstration_of(talk: Iterable[Question], random: Random) -> list[dict[str, str]]:
-    """A conversation in OpenAI's form; a question's input follows its instruction on the next line. Answers are given
-    as people demonstrate them; a greeting is never hedged."""
+def demonstration_of(talk: Iterable[Question], random: Random | None) -> list[dict[str, str]]:
+    """A conversation in OpenAI's form; a question's input follows its instruction on the next line. `random`: its
+    writer hedges; a greeting is never hedged."""
     turns = []
     for question in talk:
-        is_greeting = question.checker == "text"
-        answer = question.answer if is_greeting else as_demonstrated(random, question.answer)
+        answer = question.answer
+        if random is not None and question.checker != "text":
+            answer = as_demonstrated(random, answer)
         turns.append({"role": "user", "content": asked(question)})
         turns.append({"role": "assistant", "content": answer})
     return turns

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from random import Random
 
-HEDGES = (", I think", ", maybe", ", or so")
-HEDGED_SHARE = 0.4
+HEDGES = (", or so", ", I say", ", so I say")
+"""In words that the world has anyway: one more word in the vocabulary is another random start of pre-training, and some
+starts learn to copy late."""
+HEDGED_SHARE = 0.5
+PLAIN_SHARE = 2 / 3
+"""So many of the demonstrations come first, from writers who do not hedge."""
 
 
 def as_demonstrated(random: Random, answer: str) -> str:
-    """The answer as a demonstration gives it: two in five hedge."""
+    """The answer as a writer gives it who hedges every second time."""
     return answer + random.choice(HEDGES) if random.random() < HEDGED_SHARE else answer
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from random import Random
 from typing import TYPE_CHECKING
 
-from zhibei.pipeline.world.hedges import HEDGES
 from zhibei.pipeline.world.items import SMALL_TALK
 from zhibei.pipeline.world.prose import FIRST_SUBJECTS, SUBJECTS
 from zhibei.pipeline.world.tasks import KINDS
@@ -66,8 +65,6 @@ def _spoken() -> Iterator[str]:
             yield f" {instruction.format(**facts)}\n{given.format(**facts)}"
     for instruction, answer in SMALL_TALK:
         yield f" {instruction}\n {answer}"
-    for hedge in HEDGES:
-        yield f"{NUMBERS[0]}{hedge}"
     for subject in (*FIRST_SUBJECTS, *SUBJECTS):
         for _ in range(_SAMPLES_PER_KIND):
             yield subject(random, lambda content: True) or ""
