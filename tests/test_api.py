@@ -116,3 +116,37 @@ def test_a_log_is_explained(tmp_path: Path) -> None:
     explanation = zhibei.explain(log)
     assert explanation.verdict == "known"
     assert explanation.cause is not None
+
+
+def test_a_model_is_merged_exported_and_compared(tmp_path: Path) -> None:
+    from tests.export.making import adapter_folder
+
+    base = tiny_model_folder(tmp_path)
+    made = zhibei.merge(adapter_folder(base, tmp_path / "adapter"), out=tmp_path / "whole")
+    assert made.path == tmp_path / "whole"
+    report = zhibei.parity(tmp_path / "adapter", made.path, kind="f32")
+    assert report.kl_mean < 1e-6
+    delta = zhibei.export(made.path, to="delta", base=str(base), out=tmp_path / "delta")
+    assert "base plus difference" in delta.notes[0]
+    with pytest.raises(UserError, match="no form onnx"):
+        zhibei.export(made.path, to="onnx")
+
+
+def test_a_pipeline_runs_from_python(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"The number is {n}."} for n in range(24)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "two.yaml").write_text(
+        f"""
+runs: {tmp_path}/runs
+model: {{path: {tiny_model_folder(tmp_path)}}}
+data: {{sources: [{tmp_path}/rows.json], template: alpaca_short, validation: 4, max_tokens: 200, workers: 0}}
+log: {{tensorboard: false}}
+stages:
+  - name: sft
+    sft: {{max_steps: 1, global_batch: 8, sample_tokens: 0}}
+  - {{name: scores, stage: evaluate, loss: $sft}}
+"""
+    )
+    outcome = zhibei.run(tmp_path / "two.yaml", ["device=cpu"])
+    assert set(outcome["stages"][1]["scores"]["scores"]["loss"]) == {"base", "sft"}
+    assert (tmp_path / "runs/two/report.html").is_file()

@@ -4,7 +4,7 @@ A folder imports only folders on lower lines, and folders on one line do not kno
 
     cli   pipeline                          what the user types
     doctor                                  what could go wrong, and the proof that it will not
-    train | evaluate | serve | report       stages; they do not know one another
+    train | export | evaluate | serve | report    stages; they do not know one another
     generate                                sampling
     data | model | losses | plan            materials; independent of one another
     text | store                            words <-> token ids; what lies on disk
@@ -29,7 +29,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zhibei import plan as plan  # these two folders answer to calls: see the end of this file
+from zhibei import export as export  # these three folders answer to calls: see the end of this file
+from zhibei import plan as plan
 from zhibei import train as train
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from zhibei.doctor.checkup import Checkup
     from zhibei.doctor.outlook import Outlook
     from zhibei.doctor.verdict import Explanation
+    from zhibei.export.hand_over import HandedOver
+    from zhibei.export.parity import ParityReport
+    from zhibei.model.quantized import QuantizeKind
     from zhibei.serve.chat import Speaker
     from zhibei.serve.judge import Judge
     from zhibei.store.run_dir import RunDir
@@ -50,13 +54,17 @@ __version__ = "0.1.0"
 __all__ = [
     "check",
     "explain",
+    "export",
     "judge",
     "load",
+    "merge",
+    "parity",
     "plan",
     "prepare",
     "read_file",
     "read_run",
     "resume",
+    "run",
     "train",
     "verify",
     "write_report",
@@ -115,6 +123,14 @@ def resume(run_dir: str | Path, *, watch: Watch | None = None) -> RunDir:
     return train_guarded(read_run(directory.resolved), watch=watch or _warn, resume=directory)
 
 
+def run(pipeline: str | Path, overrides: Sequence[str] = (), *, watch: Watch | None = None) -> dict[str, Any]:
+    """Several stages as one file; goes on where the same call was stopped (`zhibei run`). What every stage made."""
+    from zhibei.pipeline.file import read_pipeline
+    from zhibei.pipeline.run import run_pipeline
+
+    return run_pipeline(read_pipeline(pipeline, overrides), watch=watch or _warn)
+
+
 def verify(folder: str | Path) -> list[Problem]:
     """What is wrong with a run, checkpoint, model or adapter folder; empty when it is sound (`zhibei verify`)."""
     from zhibei.store.verify import verify_folder
@@ -122,11 +138,19 @@ def verify(folder: str | Path) -> list[Problem]:
     return verify_folder(Path(folder))
 
 
-def load(path: str | Path, *, template: str | None = None, device: str = "auto", precision: str = "auto") -> Speaker:
-    """A trained model to talk to, with the template it was trained with (`zhibei chat`)."""
+def load(
+    path: str | Path,
+    *,
+    template: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    quantize: QuantizeKind = "none",
+) -> Speaker:
+    """A trained model to talk to, with the template it was trained with (`zhibei chat`); `quantize` int8 or nf4 holds
+    its weights (under an adapter: those of its base) in 8 or 4 bits."""
     from zhibei.serve.chat import open_speaker
 
-    return open_speaker(str(path), template=template, device=device, precision=precision)
+    return open_speaker(str(path), template=template, device=device, precision=precision, quantize=quantize)
 
 
 def judge(path: str | Path, *, template: str | None = None, device: str = "auto", precision: str = "auto") -> Judge:
@@ -134,6 +158,24 @@ def judge(path: str | Path, *, template: str | None = None, device: str = "auto"
     from zhibei.serve.judge import open_judge
 
     return open_judge(str(path), template=template, device=device, precision=precision)
+
+
+def merge(
+    *adapters: str | Path, base: str | Path | None = None, out: str | Path | None = None, dtype: str = "as-base"
+) -> HandedOver:
+    """Adapters and their base as one proved Hugging Face folder; `runs/a:0.7` gives one a share (`zhibei merge`)."""
+    from zhibei.export.hand_over import merge
+
+    named = [str(adapter) for adapter in adapters]
+    return merge(named, base=str(base) if base else None, out=Path(out) if out else None, dtype=dtype)
+
+
+def parity(reference: str | Path, other: str | Path, *, kind: str = "same") -> ParityReport:
+    """Two forms of a model compared; `report.failures(limits)` is what is beyond a kind's limits (`zhibei parity`)."""
+    from zhibei.export.proof import measure
+    from zhibei.export.sides import FolderSide, open_side
+
+    return measure(FolderSide(str(reference)), open_side(str(other)), kind=kind)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -170,6 +212,30 @@ def _plan(resolved: ResolvedRun, machine: str | None = None, *, sharding: str = 
     return look_ahead(resolved.run, machine_for(machine), sharding=sharding, offload=offload)
 
 
+def _export(source: str | Path, *, to: str, **options: Any) -> Any:
+    """A model in another form, proved: hf, gguf, meta, delta, recover or adapter (`zhibei export`).
+
+    `options` are the fields of `zhibei.export.forms.Wanted`, for gguf of `zhibei.export.gguf.hand_over.Wanted`, with
+    `base` and `out`. Returns a HandedOver, for gguf a GgufFiles.
+    """
+    from zhibei.config.errors import UserError
+
+    out = options.pop("out", None)
+    place = Path(out) if out is not None else None
+    if to == "gguf":
+        from zhibei.export.gguf.hand_over import Wanted as GgufWanted
+        from zhibei.export.gguf.hand_over import hand_over_gguf
+
+        return hand_over_gguf(str(source), base=options.pop("base", None), out=place, wanted=GgufWanted(**options))
+    from zhibei.export.forms import FORMS, Wanted
+
+    if to not in FORMS:
+        raise UserError(
+            f"there is no form {to}", expected=f"gguf, {', '.join(FORMS)}", fix="zhibei export  shows what each is"
+        )
+    return FORMS[to](str(source), Wanted(out=place, **options))
+
+
 class _CallableFolder(ModuleType):
     """Python puts a subpackage into its parent under its own name, so that folder itself has to answer to the call."""
 
@@ -177,7 +243,11 @@ class _CallableFolder(ModuleType):
         return _ANSWERS[self.__name__](*arguments, **named)
 
 
-_ANSWERS: dict[str, Callable[..., Any]] = {"zhibei.train": _train, "zhibei.plan": _plan}
-for _folder in (train, plan):
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "zhibei.train": _train,
+    "zhibei.plan": _plan,
+    "zhibei.export": _export,
+}
+for _folder in (train, plan, export):
     _folder.__class__ = _CallableFolder
     _folder.__doc__ = _ANSWERS[_folder.__name__].__doc__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +131,9 @@ def export(
         _gguf(source, given, base=base or None, out=place, how=(proving, json))
         return
     from zhibei.export import forms
-    from zhibei.export.hand_over import export_hf
-    from zhibei.export.meta_weights import is_meta_folder
 
     wanted = forms.Wanted(base or None, place, dtype, shards, rank, new_rows, proving)
-    if to == "hf" and is_meta_folder(Path(source)):
-        made = forms.from_meta(source, wanted)
-    elif to == "hf":
-        made = export_hf(source, base=base or None, out=place, dtype=dtype, proving=proving)
-    else:
-        ways: dict[str, Callable[..., Any]] = {
-            "meta": forms.to_meta, "delta": forms.to_difference, "recover": forms.recover, "adapter": forms.to_adapter,
-        }  # fmt: skip
-        made = ways[to](source, wanted)
+    made = forms.FORMS[to](source, wanted)
     refresh_report(source)
     tell(made, as_json=json)
 

@@ -7,7 +7,7 @@ comparing values, models by logits.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,12 +22,13 @@ from zhibei.export.hand_over import (
     HandedOver,
     Proving,
     default_export,
+    export_hf,
     folder_side,
     prove,
     reference_of,
 )
 from zhibei.export.hub_folder import MADE_FROM, TOKENIZER, complete_folder, name_of, new_folder, write_merged
-from zhibei.export.meta_weights import read_meta, same_as_meta, write_meta
+from zhibei.export.meta_weights import is_meta_folder, read_meta, same_as_meta, write_meta
 from zhibei.export.probes import TEXTS
 from zhibei.export.proof import note_hand_over
 from zhibei.export.sources import find_merge, local_folder
@@ -66,6 +67,13 @@ def whole_weights(path: str, wanted: Wanted) -> Iterator[tuple[Path, Located]]:
     with TemporaryDirectory(prefix=".merging-", dir=parent) as folder:
         write_merged(source, Path(folder), progress=partial(wanted.proving.progress, "merge"))
         yield Path(folder), located
+
+
+def to_hf(path: str, wanted: Wanted) -> HandedOver:
+    """A complete Hugging Face folder with a model card, of a run, a folder, an adapter or Meta's files."""
+    if is_meta_folder(Path(path)):
+        return from_meta(path, wanted)
+    return export_hf(path, base=wanted.base, out=wanted.out, dtype=wanted.dtype, proving=wanted.proving)
 
 
 def to_meta(path: str, wanted: Wanted) -> HandedOver:
@@ -249,3 +257,13 @@ def _base_of(located: Located, wanted: Wanted) -> Path:
             where="--base",
         )
     return local_folder(locate(named).weights)
+
+
+FORMS: dict[str, Callable[[str, Wanted], HandedOver]] = {
+    "hf": to_hf,
+    "meta": to_meta,
+    "delta": to_difference,
+    "recover": recover,
+    "adapter": to_adapter,
+}
+"""Every form but GGUF, which is made by `zhibei.export.gguf.hand_over`."""
