@@ -6,6 +6,8 @@ import signal
 import pytest
 import torch
 
+import zhibei
+
 pytest.importorskip("bitsandbytes")
 
 from tests.train.pair_run import pair_run
@@ -52,6 +54,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_leaves_an_adapte
     with torch.no_grad():
         difference = (on_whole_base.inner(asked).logits - on_packed_base.inner(asked).logits).abs().max()
     assert is_quantized(on_packed_base.hf)
+    assert is_quantized(zhibei.load(straight.path, device="cpu", quantize=kind).model.hf)
     assert difference > 0
 
 
