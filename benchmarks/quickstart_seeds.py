@@ -1,10 +1,12 @@
-"""What `zhibei quickstart` reaches and how long it takes, over several seeds. Knows the command, not what is inside.
+"""What `zhibei quickstart` reaches at every stage and how long it takes, over several seeds. Knows the command only.
 
     python -m benchmarks.quickstart_seeds                 run three seeds, write results and the table of the docs
-    python -m benchmarks.quickstart_seeds --docs-only     only write the table again from the result file
+    python -m benchmarks.quickstart_seeds --docs-only     only write the tables again from the result file
+    python -m benchmarks.quickstart_seeds --together      all seeds at the same time: their scores are the same, their
+                                                          seconds are not those of a quiet machine
 
-Each seed is a process of its own, as a person would start it, so the seconds include starting Python. The table of
-docs/quickstart.md is made from benchmarks/results/quickstart.json.
+Each seed is a process of its own, as a person would start it, so the seconds include starting Python. The tables of
+docs/quickstart.md are made from benchmarks/results/quickstart.json.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,32 @@ FILE = RESULTS / "quickstart.json"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "quickstart.md"
 BEGIN, END = "<!-- quickstart table: begin -->", "<!-- quickstart table: end -->"
 COMMAND = "python -m benchmarks.quickstart_seeds"
+ORIGINS = {"hedge": "hedged right answer", "own": "its own mistake", "slip": "planted mistake"}
+"""What the worse answer of a pair is."""
 
 
-def measure(seed: int, method: str) -> Record:
+def measure(seed: int, method: str, *, note: str) -> Record:
     """One quickstart in a fresh folder: its summary, scores by task, seconds of the clock and of the processor."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["quickstart", "--seed", str(seed), "--method", method, "--runs", folder, "--json"]
         environment = {**os.environ, "ZHIBEI_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}
-        started, cpu_before = time.monotonic(), _cpu_seconds()
-        done = subprocess.run(
-            [sys.executable, "-m", "zhibei", *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zhibei", *arguments], env=environment, stdout=subprocess.PIPE, text=True
         )
-        seconds, cpu_seconds = time.monotonic() - started, _cpu_seconds() - cpu_before
-    found = json.loads(done.stdout)
+        assert process.stdout is not None
+        said = process.stdout.read()
+        # Processor seconds of this one process, also while others run beside it.
+        _, status, used = os.wait4(process.pid, 0)
+        seconds, cpu_seconds = time.monotonic() - started, used.ru_utime + used.ru_stime
+    if status != 0:
+        raise SystemExit(f"seed {seed} ended with status {status}")
+    took = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    return record_of(json.loads(said), seed=seed, method=method, used=took, note=note)
+
+
+def record_of(found: dict[str, Any], *, seed: int, method: str, used: dict[str, float], note: str) -> Record:
+    """What the command said with --json, and what it took, as a record of the result file."""
     record = {
         "benchmark": "quickstart",
         "who": "zhibei",
@@ -47,68 +62,128 @@ def measure(seed: int, method: str) -> Record:
         "settings": {"seed": seed},
         "stages": found["stages"],
         "by_task": found["by_task"],
-        "paired": found["paired"],
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1),
+        "steps": found["steps"],
+        "reward": found["reward"],
+        "course": found["course"],
+        **{name: round(value, 1) for name, value in used.items()},
         "load_average": round(os.getloadavg()[0], 2),
+        "note": note,
     }
     return with_surroundings(record, COMMAND)
 
 
-def _cpu_seconds() -> float:
-    """Processor time of all finished children, over all cores."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def table(records: list[Record]) -> str:
-    """The Markdown table of the docs."""
+def tables(records: list[Record]) -> str:
+    """The Markdown tables of the docs: scores by stage, by task, the reward model, and PPO on its way."""
     shown = sorted(
         (record for record in records if record["benchmark"] == "quickstart"),
         key=lambda record: (record["method"], record["settings"]["seed"]),
     )
-    tasks = list(shown[0]["by_task"]) if shown else []
-    lines = [
-        "| method | seed | base, % right | tuned, % right (95 % interval) | "
-        + " | ".join(tasks)
-        + " | seconds | processor seconds |",
-        "| --- | --- | --- | --- | " + " | ".join("---" for _ in tasks) + " | --- | --- |",
-    ]
-    for record in shown:
-        base, tuned = record["stages"][0], record["stages"][-1]
-        by_task = " | ".join(f"{100 * record['by_task'][task]['tuned']:.0f}" for task in tasks)
-        lines.append(
-            f"| {record['method']} | {record['settings']['seed']} | {_percent(base)} | {_percent(tuned)} "
-            f"| {by_task} | {record['seconds']:.0f} | {record['cpu_seconds']:.0f} |"
-        )
+    parts = [_stages(shown), _by_task(shown), _reward(shown), _course(shown)]
     device = sorted({f"{record['device']}, torch {record['versions']['torch']}" for record in shown})
-    return "\n".join([*lines, "", f"Measured on: {'; '.join(device)}. Command: `{COMMAND}`."])
+    notes = sorted({record["note"] for record in shown if record.get("note")})
+    return "\n\n".join([*parts, f"Measured on: {'; '.join(device)}. Command: `{COMMAND}`. {' '.join(notes)}".strip()])
+
+
+def _grid(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _who(record: Record) -> list[str]:
+    return [record["method"], str(record["settings"]["seed"])]
+
+
+def _stages(shown: list[Record]) -> str:
+    head = ["method", "seed", "base, % right", "SFT", "PPO", "SFT to PPO, points", "gained / lost", "seconds",
+            "processor seconds"]  # fmt: skip
+    rows = []
+    for record in shown:
+        pair = record["steps"][-1]["paired"]
+        change = f"{100 * pair['difference']:+.1f} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
+        rows.append(
+            [
+                *_who(record),
+                *(_percent(stage) for stage in record["stages"]),
+                change,
+                f"{pair['gained']} / {pair['lost']}",
+                f"{record['seconds']:.0f}",
+                f"{record['cpu_seconds']:.0f}",
+            ]
+        )
+    return _grid(head, rows)
+
+
+def _by_task(shown: list[Record]) -> str:
+    tasks = list(shown[0]["by_task"]) if shown else []
+    rows = [
+        [
+            *_who(record),
+            *(
+                " → ".join(f"{100 * found[stage]['score']:.0f}" for stage in ("sft", "ppo"))
+                for found in (record["by_task"][task] for task in tasks)
+            ),
+        ]
+        for record in shown
+    ]
+    return _grid(["method", "seed", *(f"{task}, SFT → PPO" for task in tasks)], rows)
+
+
+def _reward(shown: list[Record]) -> str:
+    rows = []
+    for record in shown:
+        found = record["reward"]
+        parts = [found["by_origin"].get(origin) for origin in ORIGINS]
+        rows.append([*_who(record), *("–" if part is None else _interval(part) for part in parts), _interval(found)])
+    head = ["method", "seed", *(f"{words}, % of pairs" for words in ORIGINS.values()), "all"]
+    return _grid(head, rows)
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return f"{100 * found['accuracy']:.0f} ({100 * found['low']:.0f} to {100 * found['high']:.0f})"
+
+
+def _course(shown: list[Record]) -> str:
+    rows = [
+        [
+            *_who(record),
+            str(point["step"]),
+            f"{point['learned_reward']:+.2f}",
+            "–" if point["true_score"] is None else f"{100 * point['true_score']:.1f}",
+            f"{point['kl']:.3f}",
+        ]
+        for record in shown
+        for point in record["course"]
+    ]
+    head = ["method", "seed", "iteration of PPO", "learned reward", "true score, % right", "KL, nats per token"]
+    return _grid(head, rows)
 
 
 def _percent(stage: dict[str, Any]) -> str:
     return f"{100 * stage['score']:.1f} ({100 * stage['low']:.1f} to {100 * stage['high']:.1f})"
 
 
-def write_table() -> None:
-    """Put the table between its marks in docs/quickstart.md."""
+def write_tables() -> None:
+    """Put the tables between their marks in docs/quickstart.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(read(FILE))}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(read(FILE))}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--method", choices=("full", "lora"), default="full")
+    parser.add_argument("--note", default="", help="what else ran on the machine")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--docs-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.docs_only:
-        for seed in arguments.seeds:
-            record = measure(seed, arguments.method)
-            merge(FILE, [record])
-            print(f"seed {seed}: {_percent(record['stages'][-1])} in {record['seconds']:.0f} s", flush=True)
-    write_table()
+        with ThreadPoolExecutor(len(arguments.seeds) if arguments.together else 1) as pool:
+            for record in pool.map(lambda seed: measure(seed, arguments.method, note=arguments.note), arguments.seeds):
+                merge(FILE, [record])
+                scores = " → ".join(_percent(stage) for stage in record["stages"])
+                print(f"seed {record['settings']['seed']}: {scores} in {record['seconds']:.0f} s", flush=True)
+    write_tables()
 
 
 if __name__ == "__main__":
