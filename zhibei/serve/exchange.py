@@ -135,7 +135,11 @@ def refusal_of(error: BaseException, hosted: Hosted) -> Refusal:
     if isinstance(error, Draining):
         return _gone(hosted)
     if isinstance(error, UserError):
-        return from_user_error(error, None, status=400 if error.where.startswith(("prompt", "top_", "mask")) else 500)
+        return from_user_error(
+            error,
+            error.where if error.where.isidentifier() else None,
+            status=400 if error.where.startswith(("prompt", "top_", "mask")) else 500,
+        )
     return Refusal(
         500, f"the model's engine failed ({type(error).__name__}); the server's log says more", None, "engine"
     )

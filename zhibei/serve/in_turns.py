@@ -25,8 +25,8 @@ class InTurns:
     What such a speaker cannot report (alternatives of a token) or obey (a mask) is refused when it is submitted.
     """
 
-    def __init__(self, speaker: Any, *, slots: int = 1) -> None:
-        self._speaker, self._slots = speaker, slots
+    def __init__(self, speaker: Any, *, name: str, slots: int = 1) -> None:
+        self._speaker, self._name, self._slots = speaker, name, slots
         self._next_id = 0
         self._waiting: deque[tuple[int, Any]] = deque()
         self._active: dict[int, Iterator[Piece]] = {}
@@ -44,7 +44,7 @@ class InTurns:
         for name in ("top_logprobs", "mask"):
             if getattr(request, name, None):
                 raise UserError(
-                    f"{name} was asked of {self._speaker.name}",
+                    f"{name} was asked of {self._name}",
                     expected="an engine that reports and shapes its distribution",
                     fix=f"serve the Hugging Face folder in place of this file, or leave out {name}",
                     where=name,

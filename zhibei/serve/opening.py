@@ -226,7 +226,7 @@ def _use(hf: Any, adapter: str | None) -> None:
 def _open_gguf(one: Wanted, settings: ServerSettings, loading: Loading) -> Hosted:
     speaker: Any = open_speaker(one.path, **loading.for_speaker(loading.template))
     # A context of llama.cpp holds one conversation.
-    worker = Worker({one.name: Lane(InTurns(speaker, slots=1))}, most_open=1 + settings.most_waiting)
+    worker = Worker({one.name: Lane(InTurns(speaker, name=one.name))}, most_open=1 + settings.most_waiting)
     notes = tuple(speaker.notes)
     return Hosted(name=one.name, speaker=speaker, worker=worker, lane=one.name, path=one.path, notes=notes)
 
