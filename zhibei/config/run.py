@@ -29,8 +29,8 @@ class ModelSection(Section):
     method: Literal["full", "lora", "qlora"] = "full"
     """What is trained: all weights, adapters on frozen weights, or adapters on a base in few bits."""
     quantize: Literal["none", "int8", "nf4"] = "none"
-    """How a frozen base is held: `int8` (a byte per weight, as LLM.int8 rounds it; activations are not rounded) or `nf4`
-    (half a byte, double quantisation). `method: qlora` means nf4 unless int8 is named. Needs bitsandbytes."""
+    """How a frozen base is held: `int8` (a byte per weight, as LLM.int8 rounds it; activations are not rounded) or
+    `nf4` (half a byte, double quantisation). `method: qlora` means nf4 unless int8 is named. Needs bitsandbytes."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of forward and backward. auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU.
     With bf16 and fp16, full training keeps fp32 master weights."""
