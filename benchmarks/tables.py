@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.doctor_tables import bad_inputs_rows, check_rows, coverage_rows, explain_rows
+from benchmarks.gguf_tables import loss_rows, speed_rows
 from benchmarks.records import RESULTS, Record, read
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "measurements.md"
@@ -222,6 +223,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "memory-blind": ("memory.json", lambda records: memory_table(records, "blind")),
     "memory-quantised": ("memory.json", lambda records: memory_table(records, "quantised")),
     "generate-cpu": ("generate_cpu.json", generate_table),
+    "gguf-loss": ("gguf.json", lambda records: plain_table(records, loss_rows)),
+    "gguf-speed": ("gguf.json", lambda records: plain_table(records, speed_rows)),
     "check": ("check.json", lambda records: plain_table(records, check_rows)),
     "coverage": ("check.json", lambda records: plain_table(records, coverage_rows)),
     "bad-inputs": ("bad_inputs.json", lambda records: plain_table(records, bad_inputs_rows)),
