@@ -10,7 +10,7 @@ import torch
 from tests.export.making import load
 from tests.tiny import tiny_model_folder
 from zhibei.config.errors import UserError
-from zhibei.export.difference import apply_difference, make_difference, tensors_sha256
+from zhibei.export.difference import apply_difference, make_difference, require_recovered, tensors_sha256
 from zhibei.store.shards import read_tensors
 
 
@@ -41,7 +41,8 @@ def test_it_is_one_subtraction_and_one_addition_in_the_files_own_type(dtype, tmp
     below, mine, difference = read_tensors(base), read_tensors(tuned), read_tensors(delta)
     for name in mine:
         assert torch.equal(difference[name], mine[name] - below[name]), "FastChat's make_delta: target -= base"
-    sha256 = apply_difference(delta, base, back, expected_sha256=found.recovered_sha256)
+    sha256 = apply_difference(delta, base, back)
+    require_recovered(sha256, found.recovered_sha256, where="here")
     again = read_tensors(back)
     for name in mine:
         assert torch.equal(again[name], difference[name] + below[name]), "FastChat's apply_delta: delta += base"
@@ -77,8 +78,9 @@ def test_another_base_is_caught(tmp_path):
     base, other = tiny_model_folder(tmp_path), tiny_model_folder(tmp_path, seed=1, name="other")
     tuned = tuned_folder(base, tmp_path / "tuned")
     found = make_difference(tuned, base, new(tmp_path / "delta"))
+    sha256 = apply_difference(tmp_path / "delta", other, new(tmp_path / "a"))
     with pytest.raises(UserError, match="is expected"):
-        apply_difference(tmp_path / "delta", other, new(tmp_path / "a"), expected_sha256=found.recovered_sha256)
+        require_recovered(sha256, found.recovered_sha256, where="here")
     with pytest.raises(UserError, match="one of the two only"):
         make_difference(tuned, tiny_model_folder(tmp_path, "qwen2"), new(tmp_path / "b"))
     with pytest.raises(UserError, match="no way noise"):

@@ -185,6 +185,10 @@ def _talk(session: Session, _: list[str]) -> None:
     speaker = session.side.speaker
     context = f", {speaker.context_tokens} tokens of context" if speaker.context_tokens else ""
     session.screen.remark(f"{speaker.name}: template {speaker.template.name}{context}. /help for help, Ctrl-D leaves.")
+    if speaker.has_adapters:
+        session.screen.remark(
+            f"an adapter beside its base answers more slowly than one model: zhibei merge {speaker.name}"
+        )
     while True:
         try:
             message = _read(is_terminal=True)

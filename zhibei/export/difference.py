@@ -86,13 +86,12 @@ def apply_difference(
     *,
     dtype: str = "as-base",
     new_rows: str = "zeros",
-    expected_sha256: str = "",
     progress: Progress = lambda done, total: None,
 ) -> str:
     """Write base plus difference into an existing folder; the SHA-256 of all its tensors.
 
-    `dtype` as-base is the base's type. Raises UserError when the two do not fit, and when `expected_sha256` (which
-    `make_difference` noted) is another: then the base is not the one that the difference was taken from.
+    `dtype` as-base is the base's type. Raises UserError when the two do not fit; `require_recovered` says whether the
+    result is the one that `make_difference` noted.
     """
     mine, theirs = _both(difference, base, new_rows)
     wanted = asked_dtype(dtype)
@@ -105,15 +104,18 @@ def apply_difference(
     _save(folder, tensors, progress)
     config = read_json(difference / "config.json")
     write_json_atomic(folder / "config.json", with_dtype(config, _word(_main(list(types.values())))))
-    sha256 = tensors_sha256(read_tensors(folder, stem="model"))
-    if expected_sha256 and sha256 != expected_sha256:
+    return tensors_sha256(read_tensors(folder, stem="model"))
+
+
+def require_recovered(sha256: str, expected_sha256: str, *, where: str) -> None:
+    """Raises UserError when base plus difference is not what its maker noted: the base is then another one."""
+    if sha256 != expected_sha256:
         raise UserError(
             f"base plus difference has SHA-256 {sha256[:16]}..., and {expected_sha256[:16]}... is expected",
             expected="the base that the difference was taken from",
             fix="name the very same weights with --base, in the same type (16 bits converted to 32 are others)",
-            where=str(difference),
+            where=where,
         )
-    return sha256
 
 
 def tensors_sha256(tensors: TensorFolder) -> str:

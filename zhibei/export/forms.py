@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from zhibei.config.errors import UserError
-from zhibei.export.difference import apply_difference, make_difference
+from zhibei.export.difference import apply_difference, make_difference, require_recovered
 from zhibei.export.extraction import extract_adapter
 from zhibei.export.hand_over import (
     HandedOver,
@@ -190,9 +190,10 @@ def recover(path: str, wanted: Wanted) -> HandedOver:
     with new_folder(place, purpose="the recovered model") as folder:
         sha256 = apply_difference(
             difference, base, folder, dtype=dtype, new_rows=noted.get("new_rows", wanted.new_rows),
-            expected_sha256=noted["recovered_sha256"] if is_checked else "",
             progress=partial(wanted.proving.progress, "recover"),
         )  # fmt: skip
+        if is_checked:
+            require_recovered(sha256, str(noted["recovered_sha256"]), where=path)
         complete_folder(folder, Located(str(difference.resolve())), base=difference)
         write_json_atomic(folder / MADE_FROM, {"what": "recover", "base": base.name, "sha256": sha256})
     checked = "equals what its maker noted" if is_checked else "was not noted by its maker: nothing to compare with"
