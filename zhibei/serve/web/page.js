@@ -94,7 +94,7 @@ function describe(found, error, number) {
 
 function show() {
   const model = models.find((one) => one.id === $("model-a").value);
-  turns.show(model ? word("empty", { template: model.template }) : "");
+  turns.show(model ? [word("empty", { template: model.template }), ...model.notes] : []);
   $("send").hidden = Boolean(asking);
   $("stop").hidden = !asking;
   $("second").hidden = !isComparing;

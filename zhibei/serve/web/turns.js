@@ -9,11 +9,11 @@ export class Turns {
     Object.assign(this, { place, talk, acts, answers: [] });
   }
 
-  // All turns anew. `hint` stands where nothing was said yet.
-  show(hint) {
+  // All turns anew. The lines of `hint` stand where nothing was said yet.
+  show(hint = []) {
     this.answers = [];
     this.place.replaceChildren(...this.talk.turns.map((turn, number) => this.turn(turn, number)));
-    if (!this.talk.turns.length) this.place.append(element("p", "hint", hint));
+    if (!this.talk.turns.length) this.place.append(...hint.map((line) => element("p", "hint", line)));
     this.toEnd();
   }
 
@@ -86,11 +86,11 @@ export class Turns {
         save();
       } else if (event.key === "Escape") {
         event.stopPropagation();
-        this.show("");
+        this.show();
       }
     });
     const buttons = element("div", "below-answer");
-    buttons.append(button(word("save"), save), button(word("cancel"), () => this.show("")));
+    buttons.append(button(word("save"), save), button(word("cancel"), () => this.show()));
     box.replaceChildren(input, buttons);
     input.focus();
   }
@@ -107,7 +107,7 @@ export class Turns {
 function figures(answer) {
   const ends = { stop: word("ended"), length: word("cut"), stopped: word("stopped"), failed: word("failed") };
   const end = ends[answer.finish] ?? answer.finish;
-  if (answer.tokens === null) return end;
+  if (answer.tokens === null) return answer.finish === "stop" ? "" : end; // read from a file
   const places = { tokens: answer.tokens, speed: answer.speed.toFixed(0), first: answer.first.toFixed(2) };
   return word("together", { figures: word("figures", places), end });
 }
