@@ -39,6 +39,21 @@ CASES = [
         ["stage=dpo", "dpo.reference=adapters_off", "model.method=lora"],
     ),
     ("ppo.models", ["stage=ppo", "ppo.models=shared"], ["stage=ppo", "ppo.models=shared", "model.method=lora"]),
+    (
+        "ppo.vllm_memory_share",
+        ["stage=ppo", "ppo.vllm_memory_share=0.3"],
+        ["stage=ppo", "ppo.vllm_memory_share=0.3", "ppo.engine=vllm"],
+    ),
+    (
+        "raft.vllm_memory_share",
+        ["stage=raft", "raft.vllm_memory_share=0.3"],
+        ["stage=raft", "raft.vllm_memory_share=0.3", "raft.engine=vllm"],
+    ),
+    (
+        "grpo.vllm_memory_share",
+        ["stage=grpo", "grpo.vllm_memory_share=0.3"],
+        ["stage=grpo", "grpo.vllm_memory_share=0.3", "grpo.engine=vllm"],
+    ),
     ("ppo.kl_horizon", ["stage=ppo", "ppo.kl_horizon=9"], ["stage=ppo", "ppo.kl_horizon=9", "ppo.kl_target=6"]),
     (
         "ppo.ptx_coefficient",

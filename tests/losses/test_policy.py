@@ -15,6 +15,7 @@ from zhibei.losses.policy import (
     clipped_value_loss,
     gae,
     token_rewards,
+    truncated_importance,
     whiten,
 )
 
@@ -190,3 +191,16 @@ def test_the_kl_controller_moves_towards_its_target_and_a_fixed_one_stays() -> N
     fixed = KlController(0.1)
     fixed.update(1e9, num_answers=256)
     assert fixed.coefficient == 0.1
+
+
+def test_truncated_importance_is_a_few_lines_of_numpy():
+    random = np.random.default_rng(5)
+    logps, engine = random.normal(size=(2, 4, 6)) * 0.8
+    mask = random.random((4, 6)) < 0.7
+    expected = np.where(mask, np.minimum(np.exp(logps - engine), 2.0), 1.0)
+    found = truncated_importance(torch.tensor(logps), torch.tensor(engine), torch.tensor(mask), most=2.0)
+    assert np.abs(found.numpy() - expected).max() < 1e-6
+    assert (expected[mask] == 2.0).any()
+    assert truncated_importance(torch.tensor(logps), torch.tensor(engine), torch.tensor(mask), most=0).eq(1).all()
+    same = truncated_importance(torch.tensor(logps), torch.tensor(logps), torch.tensor(mask), most=2.0)
+    assert same.eq(1).all()

@@ -116,6 +116,43 @@ def test_an_update_that_changes_nothing_stops_the_run(more: list[str], tmp_path:
         train(small_policy(tmp_path, "ppo", "ppo.learning_rate=1e-30", "ppo.critic_learning_rate=1e-3", *more))
 
 
+@pytest.mark.parametrize("jitter", [0.0, 1e-7])
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_an_engine_that_keeps_the_old_weights_stops_the_run(
+    stage: str, jitter: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, or up to rounding. The other tests of this file show that the engine as it is passes."""
+    real, seen = iteration.collect, []
+
+    def collected_once(*arguments: Any, **options: Any) -> Collected:
+        seen.append(real(*arguments, **options))
+        return seen[-1]
+
+    def stale(_parts: Any, _rows: Any, numbers: list[int], *, seed: int) -> Rollout:
+        old, count = seen[0].rollout, len(numbers)
+        assert seed != 0
+        logps = [[value + jitter for value in row] for row in old.logps[:count]]
+        return Rollout(old.prompts[:count], old.answers[:count], logps, old.finish[:count], old.texts[:count])
+
+    monkeypatch.setattr(iteration, "collect", collected_once)
+    monkeypatch.setattr(iteration, "answers_to", stale)
+    with pytest.raises(RunStopped, match="the engine still writes answers with the weights from before"):
+        train(small_policy(tmp_path, stage, f"{stage}.learning_rate=1e-2"))
+
+
+def test_the_importance_correction_weighs_each_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_policy(tmp_path, "ppo", "ppo.importance_clip=1.5")
+    made = collect(gather_policy(run), 0, RunningScale())
+    made = dataclasses.replace(made, engine_logps_BT=made.old_logps_BT - torch.linspace(-1, 1, made.mask_BT.shape[1]))
+    section = run.run.ppo
+    plain = ppo.experience_of(made, section.model_copy(update={"importance_clip": 0.0}), kl_coefficient=0.1)
+    weighed = ppo.experience_of(made, section, kl_coefficient=0.1)
+    factors_BT = made.importance_BT(1.5)
+    assert float(factors_BT.max()) == 1.5
+    assert float(factors_BT.min()) < 0.5
+    torch.testing.assert_close(weighed.figures_BT["advantages"], plain.figures_BT["advantages"] * factors_BT)
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

@@ -61,6 +61,11 @@ class PolicySection(AnsweringSection):
     """Taken off the reward of an answer that was cut off at max_new_tokens."""
     rollout_batch: Positive = 32
     """Answers written at the same time on one GPU: memory and speed, never the answers."""
+    engine: Literal["ours", "vllm"] = "ours"
+    """What writes answers. ours: the policy's own weights, no copy. vllm: vLLM, where it is installed (CUDA), with a
+    copy of the weights that is brought up to date before each writing."""
+    vllm_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the GPU's memory that vLLM may take, its weights included."""
     max_new_tokens: Positive = 128
     """Longest answer, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -85,6 +90,9 @@ class RatioSection(PolicySection):
     """Weight of the entropy (nats per token) that is added to what is maximised."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the KL to the reference per token (Schulman 2020): k1 unbiased, k2 the square, k3 never negative."""
+    importance_clip: NotNegative = 0
+    """Weigh each token's loss by how much likelier the learning policy finds it than the engine that drew it, at most
+    this (truncated importance sampling, arXiv:1802.01561); 2 is common with engine: vllm, 0 is off."""
     stop_at_kl: NotNegative = 0
     """End the passes over an iteration's answers once the policy is this far (nats per token, k3) from the one that
     wrote them; 0 is off."""

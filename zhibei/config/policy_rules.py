@@ -25,6 +25,16 @@ POLICY_RULES: list[Rule] = [
         "shared models are adapters on one frozen base, and with model.method: full there are none",
         "set model.method: lora, or ppo.models: separate",
     ),
+    *(
+        no_effect(
+            lambda run, stage=stage: run.stage == stage and getattr(run, stage).engine == "ours",
+            f"{stage}.vllm_memory_share",
+            f"{stage}.engine",
+            "without engine: vllm nothing of vLLM is loaded",
+            f"remove it, or set {stage}.engine: vllm",
+        )
+        for stage in ("ppo", "raft", "grpo")
+    ),
     no_effect(
         lambda run: run.stage == "ppo" and run.ppo.kl_target is None,
         "ppo.kl_horizon",

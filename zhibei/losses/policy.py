@@ -86,6 +86,20 @@ def whiten(values_BT: torch.Tensor, mask_BT: torch.Tensor, *, keep_mean: bool = 
     return (whitened_BT + mean if keep_mean else whitened_BT) * mask_BT
 
 
+def truncated_importance(
+    logps_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, *, most: float
+) -> torch.Tensor:
+    """min(exp(log pi - log mu), most) on tokens that an engine drew from mu although pi is what learns; 1 elsewhere.
+
+    The loss of a token is multiplied by it: truncated importance sampling (arXiv:1802.01561, section 4.1), used for
+    engines whose probabilities are not quite the trainer's by Yao et al. 2025, "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training". `most` 0 is off.
+    """
+    if not most:
+        return torch.ones_like(logps_BT)
+    return torch.where(mask_BT, torch.exp(logps_BT - engine_BT).clamp(max=most), 1.0)
+
+
 @dataclass(frozen=True)
 class Clip:
     """Bounds of the probability ratio: 1 - low to 1 + high (arXiv:1707.06347, eq. 7; unequal ones: arXiv:2503.14476).

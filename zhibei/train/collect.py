@@ -16,7 +16,8 @@ from zhibei.data.batches import Batch
 from zhibei.data.prepared import PreparedRows
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.rewards import Answered
-from zhibei.generate.rollouts import Rollout, write_answers
+from zhibei.generate.rollouts import Rollout
+from zhibei.losses.policy import truncated_importance
 from zhibei.model.language_model import LanguageModel
 from zhibei.train.experience import on_grid, on_grid_with_ends, rows_of
 from zhibei.train.policy_loss import log_probabilities
@@ -45,6 +46,10 @@ class Collected:
     seconds: dict[str, float]
     end_values_B: torch.Tensor | None = None
     """What the critic expects after the last token of each answer."""
+
+    def importance_BT(self, most: float) -> torch.Tensor:
+        """How much each token's loss counts, given what the engine drew it with (losses/policy.py)."""
+        return truncated_importance(self.old_logps_BT, self.engine_logps_BT, self.mask_BT, most=most)
 
     @property
     def mask_BT(self) -> torch.Tensor:
@@ -127,7 +132,7 @@ def answers_to(
         batch_rows=section.rollout_batch,
     )
     tokenizer = materials.tokenizer
-    rollout = write_answers(
+    rollout = parts.write(
         parts.roles.policy.hf,
         prompts,
         options=options,

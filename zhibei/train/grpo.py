@@ -71,7 +71,8 @@ def experience_of(collected: Collected, section: GrpoSection) -> tuple[Experienc
         varies_Q = differs(rewards_QG.view(1, -1)).expand(len(varies_Q))
     varies_B = varies_Q.repeat_interleave(section.answers_per_prompt)
     weights_BT, units_B = weights_of(mask_BT, section)
-    figures = {"old_logps": collected.old_logps_BT, "advantages": advantages_B[:, None] * mask_BT}
+    advantages_BT = advantages_B[:, None] * mask_BT * collected.importance_BT(section.importance_clip)
+    figures = {"old_logps": collected.old_logps_BT, "advantages": advantages_BT}
     if collected.reference_BT is not None:
         figures["reference"] = collected.reference_BT
     experience = Experience(collected.rows, mask_BT, figures, weights_BT, units_B)

@@ -63,7 +63,8 @@ def board_of(collected: Collected) -> dict[str, Any]:
         logps_BT=collected.old_logps_BT,
         reference_BT=collected.reference_BT,
     )
-    return {**found, "sampler_gap": float(gap_BT[collected.mask_BT].mean())}
+    gaps = gap_BT[collected.mask_BT]
+    return {**found, "sampler_gap": float(gaps.mean()), "sampler_gap_max": float(gaps.max())}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -11,14 +11,16 @@ import torch
 
 from zhibei.config.errors import RunStopped
 from zhibei.generate.rewards import RewardFailed
-from zhibei.train.collect import Collected, collect
+from zhibei.train.collect import Collected, answers_to, collect, seed_of
 from zhibei.train.experience import on_grid
 from zhibei.train.health import board_of
 from zhibei.train.learned import Learned
 from zhibei.train.policy_loss import log_probabilities
+from zhibei.train.policy_materials import PolicyMaterials
 from zhibei.train.policy_run import PolicyRun, bad_step, stopped_for_reward
 from zhibei.train.step import NonFiniteStep
 
+PROBED_ANSWERS = 8
 # Nats per token by which two forward passes over the same tokens may differ: rounding, not another distribution.
 SAME_LOGPS = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 
@@ -93,7 +95,7 @@ def probe_before_learning(going: PolicyRun, collected: Collected) -> None:
     bound = SAME_LOGPS[parts.materials.precision]
     again_BT = logps_now(going, collected)
     pairs = {"the ratio to itself is not 1": again_BT}
-    if parts.section.top_k == 0 and parts.section.top_p == 1:
+    if draws_from_all(parts):
         pairs["the sampler draws from another distribution than the one that learns"] = collected.engine_logps_BT
     if collected.reference_BT is not None:
         pairs["the KL to the reference is not 0"] = collected.reference_BT
@@ -111,14 +113,57 @@ def probe_before_learning(going: PolicyRun, collected: Collected) -> None:
 
 def probe_after_learning(going: PolicyRun, collected: Collected) -> None:
     """After the first update the policy gives other log-probabilities. Raises RunStopped when it does not."""
-    moved = float((logps_now(going, collected) - collected.old_logps_BT)[collected.mask_BT].abs().max())
-    if moved == 0:
+    now_BT = logps_now(going, collected)
+    if float((now_BT - collected.old_logps_BT)[collected.mask_BT].abs().max()) == 0:
         raise RunStopped(
             "the first update changed no log-probability of the policy",
             expected="another distribution after an update at a rate above 0",
             fix="raise learning_rate (updates may be lost in rounding), and look at whether rewards differ at all",
             where=str(going.run_dir.path),
         )
+    probe_engine(going, collected, now_BT)
+
+
+def probe_engine(going: PolicyRun, collected: Collected, now_BT: torch.Tensor) -> None:
+    """After the first update the engine writes with the new weights. Raises RunStopped when it has the old ones.
+
+    A few of the iteration's prompts are answered once more with the same draws. Tokens up to the first that differs
+    have two log-probabilities by the trainer, before the update and after it; the engine's must be with the latter.
+    """
+    parts, count = going.parts, min(PROBED_ANSWERS, len(collected.rollout))
+    before = collected.rollout
+    again = answers_to(
+        parts,
+        parts.materials.rows.train,
+        collected.prompt_numbers[:count],
+        seed=seed_of(parts.run.seed, going.progress.step),
+    )
+    old, now, drawn = [], [], []
+    for row in range(count):
+        pairs = zip(before.answers[row], again.answers[row], strict=False)
+        length = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+        length = min(len(before.answers[row]), len(again.answers[row])) if length is None else length
+        old += collected.old_logps_BT[row, :length].tolist()
+        now += now_BT[row, :length].tolist()
+        drawn += again.logps[row][:length]
+    old_N, now_N, drawn_N = (torch.tensor(values, dtype=torch.float64) for values in (old, now, drawn))
+    moved = float((now_N - old_N).abs().sum())
+    is_same = again.answers == before.answers[:count] and again.logps == before.logps[:count]
+    # Only where the update moved more than the two sides are apart anyway can one be told from the other.
+    noise = float((collected.engine_logps_BT - collected.old_logps_BT)[collected.mask_BT].abs().mean()) * len(old)
+    is_stale = moved > 4 * noise and float((drawn_N - old_N).abs().sum()) < float((drawn_N - now_N).abs().sum())
+    if moved > 0 and (is_same or (is_stale and draws_from_all(parts))):
+        raise RunStopped(
+            "after the first update the engine still writes answers with the weights from before it",
+            expected="log-probabilities of the updated policy",
+            fix="report this; with engine: vllm, look at whether it takes the weights it is sent",
+            where=str(going.run_dir.path),
+        )
+
+
+def draws_from_all(parts: PolicyMaterials) -> bool:
+    """Whether tokens are drawn from the whole distribution, so that engine and trainer mean the same numbers."""
+    return parts.section.top_k == 0 and parts.section.top_p == 1
 
 
 def logps_now(going: PolicyRun, collected: Collected) -> torch.Tensor:

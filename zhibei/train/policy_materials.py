@@ -19,10 +19,13 @@ from zhibei.data.pairs import prepare_answers
 from zhibei.data.prepare import prepare
 from zhibei.data.prepared import PreparedSet
 from zhibei.data.references import Question, read_questions
+from zhibei.generate.rollouts import Rollout, write_answers
+from zhibei.generate.vllm_engine import VllmWriter
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.dropout import without_dropout
 from zhibei.model.load import Need
+from zhibei.model.locate import locate
 from zhibei.model.roles import Cast, Roles, load_roles
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.text.families import find_template
@@ -59,6 +62,8 @@ class PolicyMaterials:
     cursor: PromptCursor
     plan: BatchPlan
     head: TokenLoss
+    write: Callable[..., Rollout] = write_answers
+    """What writes answers (generate/rollouts.py, generate/vllm_engine.py)."""
     ptx: Batches | None = None
     """Supervised rows whose loss is added, one batch per optimiser step."""
 
@@ -142,8 +147,27 @@ def gather_policy(
         cursor=cursor,
         plan=plan,
         head=head_of(roles.policy),
+        write=WRITERS[section.engine](run, section, precision),
         ptx=ptx,
     )
+
+
+def _ours(run: RunFile, section: PolicySection, precision: str) -> Callable[..., Rollout]:
+    del run, section, precision
+    return write_answers
+
+
+def _vllm(run: RunFile, section: PolicySection, precision: str) -> Callable[..., Rollout]:
+    return VllmWriter(
+        folder=str(locate(run.model.path).weights),
+        precision=precision,
+        max_tokens=run.data.max_tokens + section.max_new_tokens,
+        memory_share=section.vllm_memory_share,
+        seed=run.seed,
+    )
+
+
+WRITERS: Mapping[str, Callable[[RunFile, PolicySection, str], Callable[..., Rollout]]] = {"ours": _ours, "vllm": _vllm}
 
 
 def plan_without_models(

@@ -87,7 +87,7 @@ def experience_of(collected: Collected, section: PpoSection, *, kl_coefficient: 
         mask_BT=mask_BT,
         figures_BT={
             "old_logps": collected.old_logps_BT,
-            "advantages": advantages_BT,
+            "advantages": advantages_BT * collected.importance_BT(section.importance_clip),
             "values": values_BT,
             "returns": returns_BT,
         },
