@@ -117,6 +117,16 @@ def test_braces_in_a_flow_mapping_say_how_stages_are_named(file: Path) -> None:
     assert "$NAME" in fault_of(changed(file, "{path: $sft, ", "{path: ${sft}, ")).fix
 
 
+def test_a_pipeline_given_as_a_run_and_a_name_that_is_not_shipped_say_what_to_do(file: Path) -> None:
+    from zhibei.config.read import read_run
+
+    with pytest.raises(UserError, match="several stages") as caught:
+        read_run(file)
+    assert caught.value.fix == f"run them with: zhibei run {file}"
+    assert "did you mean coati-7b?" in fault_of(Path("coati-7")).fix
+    assert read_pipeline(file, ["name=x y"]).command == f"zhibei run {file} 'name=x y'"
+
+
 def test_every_kind_says_what_it_takes() -> None:
     for name, kind in KINDS.items():
         assert kind.trains == (not kind.settings)

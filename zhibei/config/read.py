@@ -233,6 +233,13 @@ def _file_layers(text: str, source: str) -> list[Layer]:
             fix="write  section:  and indent its fields below it",
             where=layer.where(()),
         )
+    if "stages" in tree.value:
+        raise UserError(
+            "this file describes several stages",
+            expected="a single run",
+            fix=f"run them with: zhibei run {source}",
+            where=layer.where(("stages",), at_key=True),
+        )
     recipe = tree.value.pop("recipe", None)
     if recipe is None:
         return [layer]

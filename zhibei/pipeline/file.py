@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,12 @@ class Pipeline:
     text: str
     stages: tuple[Stage, ...]
     shared: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """What was typed to run it, and goes on with it."""
+        return shlex.join(["zhibei", "run", self.source, *self.overrides])
 
     @property
     def folder(self) -> Path:
@@ -114,6 +121,15 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """
     path = Path(path)
     is_shipped = str(path) in shipped(PIPELINE) and not path.exists()
+    if not path.exists() and not is_shipped and path.suffix not in (".yaml", ".yml"):
+        names = shipped(PIPELINE)
+        near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
+        raise UserError(
+            "no such file or shipped pipeline",
+            expected=f"a YAML file with a list of stages, or one of {', '.join(names)}",
+            fix=f"did you mean {near[0]}?" if near else "check the name",
+            where=str(path),
+        )
     text = shipped_text(str(path), PIPELINE) if is_shipped else read_text(path)
     tree = _parsed(text, str(path))
     layer = Layer(SHARED_RANK, str(path), tree)
@@ -137,6 +153,7 @@ def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
         text=text,
         stages=tuple(stages),
         shared=_merged(shared).values,
+        overrides=tuple(overrides),
     )
 
 

@@ -166,4 +166,4 @@ def next_commands(pipeline: Pipeline, outcome: dict[str, Any]) -> list[str]:
     """What a person can type now."""
     made = [entry["name"] for entry in outcome["stages"] if pipeline.stage(entry["name"]).about.makes == "model"]
     commands = [f"zhibei chat {pipeline.folder}", f"zhibei chat {pipeline.folder} --compare base"] if made else []
-    return [*commands, f"zhibei run {pipeline.source} name=again"]
+    return [*commands, f"{pipeline.command} name=again"]

@@ -104,7 +104,7 @@ def _do(work: Work, rehearse: Rehearse | None) -> None:
         raise RunInterrupted(
             stopped.what,
             expected=stopped.expected,
-            fix=f"go on with the same command: zhibei run {work.pipeline.source}",
+            fix=f"go on with the same command: {work.pipeline.command}",
             where=stopped.where,
         ) from None
 
