@@ -1,6 +1,6 @@
 """Predicted and measured GPU memory of reward models, DPO, PPO, GRPO and RAFT, each run in a process of its own.
 
-    python -m benchmarks.memory_stages                       # on a GPU, at most three minutes; results are merged
+    python -m benchmarks.memory_stages                       # on a GPU, about four minutes; results are merged
     python -m benchmarks.memory_stages --out FILE            # into another file, after each configuration
     python -m benchmarks.memory_stages --only ppo --folder /dev/shm/stages
     python -m benchmarks.memory_stages --tiny --folder /tmp/s --out /tmp/s.json   # a smoke test, also on a CPU
@@ -293,7 +293,7 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.folder or tempfile.mkdtemp(prefix="memory-stages-"))
     began = time.monotonic()
     wanted = list(settings_of(options))
-    for setting in wanted:
+    for setting in {(s.shape, s.layers): s for s in wanted}.values():
         make_in_process(folder, setting)
     judges = {(s.shape, s.layers): s for s in wanted if s.judged_by != "length"}
     for setting in judges.values():
@@ -343,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--folder", default="", help="where models and runs are put; by default a fresh one")
     top.add_argument("--out", type=Path, default=RESULT_FILE, help="result file, written after each configuration")
     top.add_argument("--only", default="", help="only settings whose names contain this")
-    top.add_argument("--seconds", type=float, default=170, help="start nothing after that")
+    top.add_argument("--seconds", type=float, default=240, help="start nothing after that")
     top.add_argument("--parallel", type=int, default=6, help="most configurations measured at the same time")
     top.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     top.add_argument("--merge", type=Path, help="take in a result file")
