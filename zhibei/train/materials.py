@@ -163,6 +163,17 @@ def divides(run: RunFile) -> bool:
     return current().are_several and run.distributed.sharding != "no_shard"
 
 
+def require_offloadable(run: RunFile) -> None:
+    """Raises UserError where whole weights should lie on the host: a card then has nothing to compute with."""
+    if run.distributed.offload == "all" and not divides(run):
+        raise UserError(
+            "distributed.offload: all, and every rank holds the whole model",
+            expected="weights that are divided among several ranks, or only the optimiser on the host",
+            fix="set distributed.offload: optimizer, or start several ranks with distributed.sharding: full_shard",
+            where="distributed.offload",
+        )
+
+
 def require_rows(run: RunFile) -> None:
     """Raises UserError for the stages that do not learn from given rows; they have loops of their own, or none yet."""
     if run.stage not in TASKS:
@@ -177,6 +188,7 @@ def require_rows(run: RunFile) -> None:
 def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
     """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the task."""
     ranks = current()
+    require_offloadable(run)
     shard(
         model,
         run.distributed.sharding,
@@ -191,7 +203,7 @@ def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
     plain = TokenLoss(softcap=model.head_shape.softcap, logit_scale=model.head_shape.scale, compiled=compiled)
     task = TASKS[run.stage](run, plain)
     learning = model.trainable()
-    optimizer = make_optimizer(learning, run.training)
+    optimizer = make_optimizer(learning, run.training, on_host=run.distributed.offload != "none")
     stepper = Stepper(
         model,
         optimizer,

@@ -35,11 +35,14 @@ class Optimizer(Protocol):
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
 
 
-def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> Optimizer:
+def make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], section: TrainingSection, *, on_host: bool = False
+) -> Optimizer:
     """AdamW on bf16 weights keeps its masters split (two bytes less per weight); everything else keeps fp32 copies.
 
     A score head is fp32 on a bf16 body: each kind is then updated by its own. Raises UserError for an optimiser that
-    would have to see whole matrices where ranks hold parts.
+    would have to see whole matrices where ranks hold parts. `on_host`: masters and moments lie in host memory and are
+    updated there; gradients travel there and weights back.
     """
     if section.optimizer != "adamw" and any(isinstance(p, DTensor) for p in parameters.values()):
         raise UserError(
@@ -50,6 +53,8 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], section: Traini
             where="optimizer",
         )
     parameters = {name: held_part(parameter) for name, parameter in parameters.items()}
+    if on_host:
+        return MasterOptimizer(parameters, section, home=torch.device("cpu"))
     bf16 = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16}
     others = {name: p for name, p in parameters.items() if name not in bf16}
     if section.optimizer != "adamw" or not bf16:
@@ -95,13 +100,23 @@ class PartedOptimizer:
 class MasterOptimizer:
     """Updates fp32 masters and copies them into the model's parameters.
 
-    A parameter that is fp32 already is its own master; nothing is held twice.
+    A parameter that is fp32 already is its own master, unless masters lie elsewhere (`home`); nothing is held twice.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        section: TrainingSection,
+        *,
+        home: torch.device | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
+
+        def is_own_master(parameter: torch.nn.Parameter) -> bool:
+            return parameter.dtype == torch.float32 and home in (None, parameter.device)
+
         self.masters = {
-            name: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())
+            name: p if is_own_master(p) else torch.nn.Parameter(p.detach().to(home or p.device, torch.float32))
             for name, p in self.parameters.items()
         }
         decayed = [master for master in self.masters.values() if master.ndim >= 2]
@@ -115,7 +130,7 @@ class MasterOptimizer:
             group["lr"] = learning_rate
         for names in self._parts(gradients):
             for name in names:
-                self.masters[name].grad = gradients[name].float() * scale
+                self.masters[name].grad = gradients[name].to(self.masters[name].device).float() * scale
             self.inner.step()
             for name in names:
                 master, parameter = self.masters[name], self.parameters[name]
