@@ -70,6 +70,8 @@ class Loading:
     """auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Hold the weights in 8 or 4 bits."""
+    engine: Literal["ours", "vllm"] = "ours"
+    """vllm: where it is installed, for Hugging Face folders and adapters; its draws differ from ours."""
 
 
 DOORS, LIMITS, LOADING = Doors(), Limits(), Loading()

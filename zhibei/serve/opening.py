@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from zhibei.config.errors import UserError
 from zhibei.model.load import QuantizeKind
@@ -68,11 +68,13 @@ class Loading:
     device: str = "auto"
     precision: str = "auto"
     quantize: QuantizeKind = "none"
+    engine: Literal["ours", "vllm"] = "ours"
     template: str | None = None
     """For models that name none of their own: one asked with another's template would look broken."""
 
     def for_speaker(self, template: str | None) -> dict[str, Any]:
-        return {**vars(self), "template": template}
+        kept = {name: value for name, value in vars(self).items() if name != "engine"}
+        return {**kept, "template": template}
 
     def template_of(self, one: Wanted) -> str | None:
         """The template to ask for; None where the model brings its own. Raises UserError as `open_speaker`."""
@@ -98,7 +100,7 @@ def open_all(
     for weights, members in groups.items():
         names = [member.wanted.name for member in members]
         watch(f"loading {weights}" + (f" for {', '.join(names)}" if len(names) > 1 else ""))
-        hosted.update(_open_group(members, settings, loading))
+        hosted.update(_OPENERS[loading.engine](members, settings, loading))
     for one in files:
         watch(f"loading {one.path}")
         hosted[one.name] = _open_gguf(one, settings, loading)
@@ -144,7 +146,7 @@ def _by_weights(wanted: Sequence[Wanted], loading: Loading) -> dict[str, list[_M
     return groups
 
 
-def _open_group(members: Sequence[_Member], settings: ServerSettings, loading: Loading) -> dict[str, Hosted]:
+def _open_ours(members: Sequence[_Member], settings: ServerSettings, loading: Loading) -> dict[str, Hosted]:
     """Models on the same weights, each with a lane of one worker."""
     from zhibei.generate.engine import Engine
 
@@ -157,7 +159,50 @@ def _open_group(members: Sequence[_Member], settings: ServerSettings, loading: L
         name = member.wanted.name
         return Lane(engine, activate=(lambda: _use(hf, adapters[name])) if adapters else lambda: None)
 
-    lanes = {member.wanted.name: lane(member) for member in members}
+    return _hosted(members, speakers, {member.wanted.name: lane(member) for member in members}, settings)
+
+
+def _open_vllm(members: Sequence[_Member], settings: ServerSettings, loading: Loading) -> dict[str, Hosted]:
+    """The same with one engine of vLLM's; nothing is loaded by us."""
+    from zhibei.serve.vllm_engine import VllmEngine, speaker_of, start_vllm
+
+    for name, kept in (("quantize", "none"), ("device", "auto")):
+        if getattr(loading, name) != kept:
+            raise UserError(
+                f"--{name} {getattr(loading, name)} with --engine vllm",
+                expected=f"no --{name}: vLLM decides it by itself",
+                fix=f"leave out --{name} or --engine",
+                where=f"--{name}",
+            )
+    folders = [member.wording.found.adapter for member in members if member.wording.found.adapter is not None]
+    speakers = {member.wanted.name: speaker_of(member.wanted.path, member.wording) for member in members}
+    shared = start_vllm(
+        members[0].wording.found.weights,
+        folders,
+        precision=loading.precision,
+        context_tokens=settings.context_tokens,
+        slots=settings.slots,
+    )
+    lanes = {
+        one.name: Lane(
+            VllmEngine(
+                shared,
+                context_tokens=settings.context_tokens or speakers[one.name].context_tokens,
+                adapter=wording.found.adapter,
+                number=number,
+            )
+        )
+        for number, (one, wording) in enumerate(members, start=1)
+    }
+    return _hosted(members, speakers, lanes, settings)
+
+
+_OPENERS = {"ours": _open_ours, "vllm": _open_vllm}
+
+
+def _hosted(
+    members: Sequence[_Member], speakers: Mapping[str, Any], lanes: Mapping[str, Lane], settings: ServerSettings
+) -> dict[str, Hosted]:
     worker = Worker(lanes, most_open=settings.slots + settings.most_waiting)
     return {
         name: Hosted(

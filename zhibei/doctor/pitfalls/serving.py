@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from zhibei.doctor.pitfall import pitfall
 
-OF_ANOTHER_SERVER = "It is a limit of another program's server; ours takes adapters of any rank."
-
 
 @pitfall(
     "serving",
@@ -221,8 +219,9 @@ def unmerged_lora_slow_inference() -> None:
 @pitfall(
     "serving",
     cost="minutes",
-    kind="explained",
-    because=OF_ANOTHER_SERVER,
+    kind="construction",
+    because="Our engine takes adapters of any rank, and with --engine vllm the rank is set to that of the largest.",
+    proof=["tests/serve/test_vllm.py::test_the_rank_that_vllm_reserves_holds_every_adapter"],
     errors=[
         r"LoRA rank \d+ is greater than max_lora_rank",
         r"max_lora_rank.{0,60}(?:must be one of|exceed|too small)",
