@@ -48,6 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         for stage, step in (("sft", 2), ("ppo", 1)):
             with pytest.raises(Killed):
                 run_pipeline(pipeline, watch=killed_at(stage, step))
+            assert (pipeline.folder / "report.html").is_file(), "what is done has its page"
         records: list[dict[str, Any]] = []
         outcome = run_pipeline(pipeline, watch=records.append)
         whole = read_pipeline(folder / "small.yaml", ["name=whole"])

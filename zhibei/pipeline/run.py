@@ -5,6 +5,7 @@ Knows the order of stages; what a stage does is in its kind.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable
@@ -64,14 +65,26 @@ def run_pipeline(
             raise one.checkup.as_error()
     take_folder(pipeline)
     write_text_atomic(pipeline.folder / PIPELINE_COPY, pipeline.text)
-    for number, one in enumerate(found, start=1):
-        about = ABOUT.get(one.stage.kind, one.stage.kind)
-        text = {"finished": "done already", "interrupted": "goes on", "new": about}[one.state]
-        watch({**stage_record(one.stage.name, text), "stage": one.stage.kind, "number": number, "of": len(found)})
-        if one.state != "finished":
-            note_asked(pipeline, one.stage)
-            _do(Work(pipeline, one.stage, watch), rehearse)
-        _note_final(pipeline)
+    try:
+        for number, one in enumerate(found, start=1):
+            about = ABOUT.get(one.stage.kind, one.stage.kind)
+            text = {"finished": "done already", "interrupted": "goes on", "new": about}[one.state]
+            told = {"stage": one.stage.kind, "number": number, "of": len(found)}
+            watch({**stage_record(one.stage.name, text), **told})
+            if one.state != "finished":
+                note_asked(pipeline, one.stage)
+                _do(Work(pipeline, one.stage, watch), rehearse)
+            _note_final(pipeline)
+    except BaseException:
+        # The page of what is done is worth having; what stopped it is what must be told.
+        with contextlib.suppress(Exception):
+            _conclude(pipeline, started)
+        raise
+    return _conclude(pipeline, started)
+
+
+def _conclude(pipeline: Pipeline, started: float) -> dict[str, Any]:
+    """outcome.json and report.html, as far as the stages are done."""
     outcome = outcome_of(pipeline, seconds=time.monotonic() - started)
     write_json_atomic(pipeline.folder / OUTCOME_FILE, outcome)
     write_pipeline_report(pipeline, outcome)
