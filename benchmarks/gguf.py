@@ -98,9 +98,10 @@ def speed(path: Path, kind: str, num_threads: int, repeats: int) -> list[Record]
 def loss(path: Path, kind: str, reference: Any) -> Record:
     """How far a type is from transformers in fp32."""
     from zhibei.export.gguf_side import GgufSide
+    from zhibei.export.probes import Probes
     from zhibei.export.proof import measure
 
-    report = measure(reference, GgufSide(path, template="alpaca"), kind=kind.lower(), probes=())
+    report = measure(reference, GgufSide(path, template="alpaca"), kind=kind.lower(), probes=Probes((), ()))
     return {
         "benchmark": "gguf_loss", "who": "zhibei", "version": version_of("xllamacpp"), "method": kind,
         "settings": {"rows": report.rows_from, "tokens": report.num_tokens},

@@ -14,13 +14,15 @@ from tests.shared_data import shared_path
 from tests.tiny import tiny_model_folder
 from zhibei.config.errors import UserError
 from zhibei.export.gguf.export import export_gguf
-from zhibei.export.gguf.hand_over import Wanted, faithful_texts, hand_over_gguf
+from zhibei.export.gguf.hand_over import Wanted, faithful_probes, hand_over_gguf
 from zhibei.export.gguf.importance import Importance, measure_importance, read_importance
 from zhibei.export.gguf.kinds import BLOCK_BYTES, BLOCKS, KINDS, PLAIN, Shape, find_kind, fitting, types_of
 from zhibei.export.gguf.quantizer import IN_NUMPY, quantizer, tried_ggml, with_ggml
 from zhibei.export.gguf_side import GgufSide, parts_of
 from zhibei.export.hand_over import Proving
+from zhibei.export.probes import Probes
 from zhibei.generate.llama_cpp import GgufModel
+from zhibei.text.messages import Message
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -259,6 +261,16 @@ def test_a_file_is_handed_over_with_its_proof(tmp_path: Path) -> None:
     assert all(path.is_file() for one in made.files for path in one.paths)
 
 
+def test_a_template_that_was_asked_for_is_the_one_compared(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path)
+    wanted = Wanted(types=("F16",), template="vicuna_v1.1")
+    made = hand_over_gguf(str(folder), out=tmp_path / "gguf", wanted=wanted, proving=_text(tmp_path))
+    report = made.reports[0]
+    assert report is not None
+    assert report.template.is_whole
+    assert "ASSISTANT:" in (made.path / "Modelfile").read_text()
+
+
 def test_a_file_beyond_its_limits_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_model_folder(tmp_path)
     monkeypatch.setattr("zhibei.export.gguf.families.interleaved", lambda values, heads: values)
@@ -283,4 +295,6 @@ def test_texts_that_a_tokenizer_rewrites_are_no_probes() -> None:
     from zhibei.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_path("data", "models", "stories260K")))
-    assert "two  spaces" not in faithful_texts(tokenizer, ["two  spaces", "one space"])
+    asked = Probes(["two  spaces", "one space"], [[Message("user", "  two")], [Message("user", "one")]])
+    kept = faithful_probes(tokenizer, asked)
+    assert kept == Probes(["one space"], [[Message("user", "one")]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
     (Message("user", "Once upon a time, there was a little"),),
     (Message("user", "Explain why the sky is blue."),),
 )
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What tokenizers and templates are compared on."""
+
+    texts: Sequence[str] = TEXTS
+    conversations: Sequence[Sequence[Message]] = CONVERSATIONS
+
+
+ALL = Probes()
 
 
 def rows_of_text(path: Path, tokenizer: Tokenizer) -> list[list[int]]:

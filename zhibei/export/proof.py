@@ -5,14 +5,14 @@ The proof runs on the new folder before it gets its final name, so that what fai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zhibei.export.parity import ParityReport, Side, compare
 from zhibei.export.parity_limits import Limits, limits_for
-from zhibei.export.probes import CONVERSATIONS, TEXTS, choose_rows
+from zhibei.export.probes import ALL, CONVERSATIONS, Probes, choose_rows
 from zhibei.export.sides import FolderSide
 from zhibei.store.files import write_json_atomic
 from zhibei.store.ledger import read_ledger, write_ledger
@@ -30,10 +30,10 @@ def measure(
     kind: str,
     text: Path | None = None,
     progress: Progress = lambda *_: None,
-    probes: Sequence[str] = TEXTS,
+    probes: Probes = ALL,
 ) -> ParityReport:
     """Compare a new form with its source, on the named text, else the run's held-out rows, else the model's own words;
-    the tokenizers on `probes`.
+    tokenizers and templates on `probes`.
 
     Raises UserError for an unknown kind, and when one of the two cannot be loaded.
     """
@@ -41,7 +41,9 @@ def measure(
     rows, rows_from = choose_rows(
         reference.found.run, reference.tokenizer, text=text, own=lambda: reference.rows_of_its_own(CONVERSATIONS)
     )
-    report = compare(reference, other, rows=rows, conversations=CONVERSATIONS, probes=probes, progress=progress)
+    report = compare(
+        reference, other, rows=rows, conversations=probes.conversations, probes=probes.texts, progress=progress
+    )
     return replace(report, kind=kind, rows_from=rows_from)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,8 @@ class FolderSide:
     precision: str = "auto"
     quantize: Any = "none"
     label: str = ""
+    speak: Callable[[Sequence[Message]], str] | None = None
+    """What writes prompts in place of the model's own template, where another was asked for."""
     _model: Any = field(default=None, repr=False)
 
     @property
@@ -88,6 +90,8 @@ class FolderSide:
         return self._theirs.encode(text, add_special_tokens=False)
 
     def render(self, messages: Sequence[Message]) -> list[int]:
+        if self.speak is not None:
+            return self.tokenizer.encode(self.speak(messages))
         if self.found.run is not None:
             if self.template is None:
                 raise _no_template(self.name)

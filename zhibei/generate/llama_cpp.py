@@ -195,9 +195,11 @@ class GgufContext:
         self.tokens += tokens
         rows = range(len(tokens)) if every else (len(tokens) - 1,)
         size = self.model.num_tokens
-        return np.stack(
-            [np.ctypeslib.as_array(call("llama_get_logits_ith", self.handle, row), (size,)).copy() for row in rows]
-        )
+        logits_TV = np.empty((len(rows), size), dtype=np.float32)
+        for at, row in enumerate(rows):
+            found = call("llama_get_logits_ith", self.handle, row)
+            ctypes.memmove(logits_TV[at].ctypes.data, found, 4 * size)
+        return logits_TV
 
     def close(self) -> None:
         """Give the memory back; the object is of no use afterwards."""

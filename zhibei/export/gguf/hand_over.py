@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from zhibei.config.errors import UserError
+from zhibei.data.encode import with_system
 from zhibei.export.gguf.export import Exported, Ready, export_gguf, prepare
 from zhibei.export.gguf.importance import Importance, measure_importance, read_importance
 from zhibei.export.gguf.kinds import find_kind
@@ -20,12 +22,14 @@ from zhibei.export.hand_over import Proving, default_export, reference_of
 from zhibei.export.hub_folder import new_folder
 from zhibei.export.parity import ParityReport
 from zhibei.export.parity_limits import limits_for
-from zhibei.export.probes import TEXTS, rows_of_text, training_rows
+from zhibei.export.probes import ALL, Probes, rows_of_text, training_rows
 from zhibei.export.proof import measure, note_hand_over, write_parity
 from zhibei.export.sides import FolderSide
 from zhibei.generate.llama_library import INSTALL, is_installed
 from zhibei.model.load import load_for_inference
 from zhibei.store.files import write_json_atomic, write_text_atomic
+from zhibei.text.messages import Message
+from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 
 IMATRIX_FILE = "imatrix.gguf"
@@ -77,9 +81,11 @@ def hand_over_gguf(
         raise UserError(
             "a GGUF file is proved by llama.cpp, which is not installed here",
             expected="the package xllamacpp",
-            fix=f"{INSTALL}, or write without a proof (--no-proof)",
+            fix=f"{INSTALL}, or write without a proof (--no-parity)",
         )
     reference = reference_of([path], base=base, proving=how)
+    if source.template is not None and (asked.template is not None or source.system is not None):
+        reference.speak = partial(_prompt, source.template, source.system)
     place = out or default_export(source.found, "gguf")
     with new_folder(place, purpose="the GGUF files") as folder:
         imatrix = _importance(source, asked, how, reference, folder)
@@ -101,10 +107,24 @@ def hand_over_gguf(
     return GgufFiles(place, files, reports, notes)
 
 
-def faithful_texts(tokenizer: Tokenizer, texts: Sequence[str] = TEXTS) -> list[str]:
-    """The texts that a tokenizer gives back as they were: others it rewrites first (doubled spaces, Unicode forms),
+def faithful_probes(tokenizer: Tokenizer, probes: Probes = ALL) -> Probes:
+    """The probes that a tokenizer gives back as they were: others it rewrites first (doubled spaces, Unicode forms),
     which llama.cpp does not, so that they show nothing about a file."""
-    return [text for text in texts if tokenizer.decode(tokenizer.encode(text)) == text]
+
+    def is_kept(text: str) -> bool:
+        return tokenizer.decode(tokenizer.encode(text)) == text
+
+    return Probes(
+        texts=[text for text in probes.texts if is_kept(text)],
+        conversations=[
+            messages for messages in probes.conversations if all(is_kept(message.content) for message in messages)
+        ],
+    )
+
+
+def _prompt(template: Template, system: str | None, messages: Sequence[Message]) -> str:
+    """What training would have put before the answer."""
+    return template.render(with_system(messages, system), answer_next=True).text
 
 
 def _prove(ready: Ready, reference: FolderSide, written: Exported, folder: Path, how: Proving) -> ParityReport | None:
@@ -112,11 +132,11 @@ def _prove(ready: Ready, reference: FolderSide, written: Exported, folder: Path,
         return None
     kind = find_kind(written.kind).name.lower()
     side = GgufSide(written.paths[0])
-    probes = faithful_texts(ready.source.tokenizer)
+    probes = faithful_probes(ready.source.tokenizer)
     report = measure(reference, side, kind=kind, text=how.text, progress=how.progress, probes=probes)
-    left_out = len(TEXTS) - len(probes)
+    left_out = len(ALL.texts) + len(ALL.conversations) - len(probes.texts) - len(probes.conversations)
     if left_out:
-        note = f"{left_out} probe texts were left out: the tokenizer rewrites them before it reads them"
+        note = f"{left_out} probe texts and conversations were left out: the tokenizer rewrites them before reading"
         report = replace(report, notes=(*report.notes, note))
     limits = limits_for(kind)
     report.require(limits)
