@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from zhibei.config.errors import UserError
+from zhibei.generate import rewards
 from zhibei.generate.rewards import Answered, RewardSource, needs_references, reward_source, summed
 from zhibei.generate.verifiers import contains, exact, last_number, same_number
 
@@ -91,8 +93,9 @@ def server() -> Iterator[tuple[str, dict]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            state["calls"] = state.get("calls", 0) + 1
             state["asked"] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(state.get("status", 200))
+            self.send_response(state.get("statuses", {}).get(state["calls"], state.get("status", 200)))
             self.end_headers()
             self.wfile.write(state["reply"])
 
@@ -107,7 +110,8 @@ def server() -> Iterator[tuple[str, dict]]:
     running.server_close()
 
 
-def test_a_server_is_asked_and_its_faults_are_named(server: tuple[str, dict]) -> None:
+def test_a_server_is_asked_and_its_faults_are_named(server: tuple[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewards, "RETRY_SECONDS", (0.0,))
     address, state = server
     source = reward_source(address, seconds=5)
     assert source(ASKED) == [1, 2.5]
@@ -122,3 +126,22 @@ def test_a_server_is_asked_and_its_faults_are_named(server: tuple[str, dict]) ->
         source(ASKED)
     with pytest.raises(UserError, match="failed"):
         reward_source("http://127.0.0.1:9/nobody", seconds=2)(ASKED)
+
+
+def test_a_server_that_stumbles_is_asked_again(server: tuple[str, dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(rewards, "time", SimpleNamespace(sleep=pauses.append))
+    address, state = server
+    state["statuses"] = {1: 503, 2: 429}
+    assert reward_source(address, seconds=5)(ASKED) == [1, 2.5]
+    assert (state["calls"], pauses) == (3, [1.0, 4.0])
+    state |= {"calls": 0, "statuses": {}, "status": 500}
+    with pytest.raises(rewards.RewardFailed, match=r"asked 4 times: .*500"):
+        reward_source(address, seconds=5)(ASKED)
+    assert (state["calls"], pauses) == (4, [1.0, 4.0, *rewards.RETRY_SECONDS])
+    # What the server says is wrong with the request, and what is no JSON, stays so.
+    for state["status"], state["reply"] in ((404, b""), (200, b"not json")):
+        state["calls"] = 0
+        with pytest.raises(rewards.RewardFailed, match="failed: "):
+            reward_source(address, seconds=5)(ASKED)
+        assert state["calls"] == 1

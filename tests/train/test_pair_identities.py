@@ -17,12 +17,13 @@ from zhibei.config.run import LoraSection, ModelSection
 from zhibei.data.batches import Batch, BatchPlan, collate_packed, collate_padded
 from zhibei.data.pair_rows import answer_begins, interleaved, mismatched
 from zhibei.data.prepared import PreparedRows
+from zhibei.losses.intervals import wilson
 from zhibei.model.load import Need
 from zhibei.model.score_model import load_score_model, row_scores
 from zhibei.store.run_dir import RunDir
 from zhibei.train.answer_logps import RowLogps
 from zhibei.train.materials import gather
-from zhibei.train.preferences import PAIR_LOSSES, Compared
+from zhibei.train.preferences import PAIR_LOSSES, Compared, rightness
 from zhibei.train.score_figures import Scored, calibration_error, score_figures
 from zhibei.train.step import Stepper
 
@@ -187,3 +188,10 @@ def test_pair_losses_equal_a_few_lines_of_numpy(loss):
         "orpo": -mean[::2] + section.odds_weight * minus_log_sigmoid(log_odds(mean[::2]) - log_odds(mean[1::2])),
     }
     assert float(PAIR_LOSSES[loss](rows, section)) == pytest.approx(expected[loss].sum(), rel=1e-5)
+
+
+def test_a_tie_is_half_right() -> None:
+    assert rightness(torch.tensor([0.3, 0.0, -0.2, 0.0])).tolist() == [1.0, 0.5, 0.0, 0.5]
+    share = wilson(1.5, 3)
+    assert share.score == 0.5
+    assert 0 < share.low < 0.5 < share.high < 1

@@ -9,9 +9,9 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Share:
-    """`right` of `total`, with the interval that holds the true share with the stated confidence."""
+    """`right` of `total` (a tie may count as half), with the interval that holds the true share so surely."""
 
-    right: int
+    right: float
     total: int
     low: float
     high: float
@@ -21,7 +21,7 @@ class Share:
         return self.right / self.total
 
 
-def wilson(right: int, total: int, *, confidence: float = 0.95) -> Share:
+def wilson(right: float, total: int, *, confidence: float = 0.95) -> Share:
     """A share with its score interval (Wilson 1927, JASA 22:209-212), which stays within 0 and 1 and has a width
     even when none or all are right.
 

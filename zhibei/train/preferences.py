@@ -132,7 +132,7 @@ def paired_step(section: DpoSection, shape: TokenLoss, *, has_reference: bool) -
         chosen_P, rejected_P = (side_P.detach() for side_P in rewards_of(rows, section))
         sums_R = rows.policy.sums_R.detach()
         return PAIR_LOSSES[section.loss](rows, section), {
-            "accuracy": (chosen_P > rejected_P).sum(),
+            "accuracy": rightness(chosen_P - rejected_P).sum(),
             "margin": (chosen_P - rejected_P).sum(),
             "chosen_logp": sums_R[0::2].sum(),
             "rejected_logp": sums_R[1::2].sum(),
@@ -150,7 +150,7 @@ def judged_step(section: DpoSection, shape: TokenLoss) -> StepLoss:
         is_good_A, baseline = batch.columns_I["is_good"], batch.columns_I["baseline"][0]
         signed_A = _signed(gain_A.detach(), is_good_A, baseline, section)
         return _kto(gain_A, is_good_A, baseline, section), {
-            "accuracy": (signed_A > 0).sum(),
+            "accuracy": rightness(signed_A).sum(),
             "margin": signed_A.sum(),
             "baseline": baseline * len(gain_A),
         }
@@ -200,7 +200,7 @@ def evaluate_pairs(materials: Materials, heldout: Batches) -> HeldoutFigures:
     num_pairs = len(chosen_P)
     figures = {
         "pairs": num_pairs,
-        **_accuracy(chosen_P > rejected_P),
+        **_accuracy(chosen_P - rejected_P),
         "margin": float((chosen_P - rejected_P).mean()),
         "chosen_reward": float(chosen_P.mean()),
         "rejected_reward": float(rejected_P.mean()),
@@ -225,7 +225,7 @@ def evaluate_judged(materials: Materials, heldout: Batches) -> HeldoutFigures:
     reward_A = beta_of(section) * gain_A
     figures = {
         "answers": len(gain_A),
-        **_accuracy(signed_A > 0),
+        **_accuracy(signed_A),
         "margin": float(signed_A.mean()),
         "baseline": float(baseline),
         "good_reward": float(reward_A[is_good_A].mean()) if is_good_A.any() else None,
@@ -240,8 +240,14 @@ def _gains(model: LanguageModel, batches: Batches, head: TokenLoss, most_items: 
     return sums_A - torch.as_tensor(batches.columns_I["reference"])[: len(sums_A)]
 
 
-def _accuracy(right: torch.Tensor) -> dict[str, float]:
-    share = wilson(int(right.sum()), len(right))
+def rightness(gap: torch.Tensor) -> torch.Tensor:
+    """1 where the gap is on the right side, 0 on the wrong one, 1/2 at 0: before the first step a policy is its
+    reference, which prefers neither answer and is no worse than guessing."""
+    return (gap > 0).float() + (gap == 0).float() / 2
+
+
+def _accuracy(gap: torch.Tensor) -> dict[str, float]:
+    share = wilson(float(rightness(gap).sum()), len(gap))
     return {"accuracy": share.score, "accuracy_low": share.low, "accuracy_high": share.high}
 
 

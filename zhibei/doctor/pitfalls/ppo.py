@@ -28,6 +28,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
 
     Why: DPO and PPO learn from differences between log-probabilities of the same tokens. With dropout each pass gives
     others: a ratio that should be 1 is far from it, half of the tokens are clipped, margins are noise. Nothing fails.
+    The stages of zhibei therefore switch it off whatever the files say; the model that was meant to have it has none.
 
     Fix: lora.dropout: 0, and 0 for every dropout in the model's config.json.
 
@@ -35,6 +36,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
 
     为何：DPO 和 PPO 从同样词元的对数概率之差中学习。开着 dropout 时每次前向都不同：
     本应为 1 的比值偏离很远，一半词元被裁剪，间隔全是噪声，却不会报错。
+    因此 zhibei 的这些阶段一律关闭 dropout，不管文件里怎么写；原本想要的 dropout 也就没有了。
 
     办法：lora.dropout: 0，并把模型 config.json 里所有 dropout 设为 0。
     """
@@ -43,10 +45,10 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
     run = facts.run
     if run.model.method != "full" and run.lora.adapter is None and run.lora.dropout > 0:
         yield Finding(
-            what=f"lora.dropout: {run.lora.dropout:g} with stage: {run.stage}",
+            what=f"lora.dropout: {run.lora.dropout:g} with stage: {run.stage}, which goes without",
             where=facts.origin("lora.dropout"),
             to_do="lora.dropout: 0",
-            level="warning" if run.stage == "dpo" else "stop",
+            level="warning",
             changes={"lora.dropout": 0.0},
         )
     if facts.adapter is not None and (rate := _number(facts.adapter.config.get("lora_dropout"))) > 0:
@@ -54,7 +56,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
             what=f"the adapter brings lora_dropout {rate:g} with stage: {run.stage}",
             where=f"{facts.adapter.path}/adapter_config.json, field lora_dropout",
             to_do="set lora_dropout to 0 there",
-            level="warning" if run.stage == "dpo" else "stop",
+            level="warning",
         )
     rates = {key: _number(value) for key, value in (facts.model.config if facts.model else {}).items()}
     active = {key: rate for key, rate in rates.items() if DROPOUT.search(key) and 0 < rate < 1}
@@ -65,7 +67,7 @@ def dropout_on_in_policy_logprobs(facts: Facts) -> Iterable[Finding]:
             what=f"the model's config switches dropout on ({named}) with stage: {run.stage}",
             where=f"{facts.model.folder or facts.model.path}/config.json, field {next(iter(active))}",
             to_do="set " + ", ".join(f"{key} to 0" for key in active) + " there",
-            level="warning" if run.stage == "dpo" else "stop",
+            level="warning",
         )
 
 
