@@ -61,6 +61,21 @@ def test_prompts_are_answered_each_for_itself_as_one_document(pipe):
     assert answer["finish"] == "length"
 
 
+def test_beams_need_no_temperature_and_refuse_another(pipe):
+    code, out, _ = pipe("", "--prompt", "Hi", "--json", "--beams", "3")
+    found = document(out)
+    assert code == 0
+    assert (found["options"]["beams"], found["options"]["temperature"]) == (3, 0)
+    greedy = document(pipe("", "--prompt", "Hi", "--json", "--temperature", "0")[1])
+    best, plain = (one["turns"][0]["answers"][0]["mean_logp"] for one in (found, greedy))
+    assert best >= plain - 1e-6
+    code, _, err = pipe("", "--prompt", "Hi", "--beams", "3", "--temperature", "0.5")
+    assert code == 2
+    assert "beams is 3 and temperature 0.5" in err
+    _, out, err = pipe("/set beams 2\n", "--temperature", "0")
+    assert "beams is 2 now" in err
+
+
 def test_a_pipe_is_a_conversation_answers_on_stdout_remarks_on_stderr(pipe):
     code, out, err = pipe("Hi\nHo\n/tokens\n", "--json", "--temperature", "0")
     turns = document(out)["turns"]
