@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +106,27 @@ def test_an_adapter_alone_on_its_base_is_told_to_merge(tmp_path):
     beside = opened(Wanted("base", str(base)), Wanted("poet", str(adapter)))
     assert beside["poet"].notes == beside["base"].notes == ()
     close_all(beside)
+
+
+def test_slots_that_do_not_fit_the_gpu_are_said(tmp_path, monkeypatch):
+    """On a card of which 1 MiB is free; the tiny model's keys and values take 2 x 16 x 4 x 2 bytes a token."""
+    import torch
+
+    from tests.tiny import tiny_model
+    from zhibei.serve.opening import _memory_note
+    from zhibei.serve.settings import ServerSettings
+
+    model = tiny_model()
+    weight = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 4)
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: SimpleNamespace(weight=weight))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    per_token = 2 * 16 * 4 * 2
+    fitting = 2**20 // (per_token * 256)
+    assert _memory_note(model, ServerSettings(slots=fitting), num_lanes=1) == ()
+    (note,) = _memory_note(model, ServerSettings(slots=fitting + 1), num_lanes=1)
+    assert "lower --slots" in note
+    assert _memory_note(model, ServerSettings(slots=fitting), num_lanes=2) != ()
+    assert _memory_note(model, ServerSettings(slots=fitting + 1, context_tokens=128), num_lanes=1) == ()
 
 
 def test_the_report_of_a_run_is_found_from_the_run_and_from_its_model(tmp_path):

@@ -10,9 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from zhibei.config.errors import UserError
+from zhibei.generate.decoding import context_tokens
+from zhibei.model.answering import plain_model
 from zhibei.model.load import QuantizeKind
 from zhibei.model.lora import read_adapter_beside
+from zhibei.plan.rollout_cache import cache_bytes
+from zhibei.plan.shapes import read_shape
 from zhibei.serve.chat import Speaker, Wording, open_speaker, wording_of
 from zhibei.serve.hosted import Hosted
 from zhibei.serve.in_turns import InTurns
@@ -159,7 +165,31 @@ def _open_ours(members: Sequence[_Member], settings: ServerSettings, loading: Lo
         name = member.wanted.name
         return Lane(engine, activate=(lambda: _use(hf, adapters[name])) if adapters else lambda: None)
 
-    return _hosted(members, speakers, {member.wanted.name: lane(member) for member in members}, settings)
+    lanes = {member.wanted.name: lane(member) for member in members}
+    hosted = _hosted(members, speakers, lanes, settings)
+    note = _memory_note(hf, settings, num_lanes=len(lanes))
+    return {name: replace(one, notes=(*one.notes, *note)) for name, one in hosted.items()}
+
+
+def _memory_note(hf: Any, settings: ServerSettings, *, num_lanes: int) -> tuple[str, ...]:
+    """What a person should know where keys and values of full slots would not fit beside the weights on the GPU."""
+    device = hf.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        return ()
+    tokens = settings.context_tokens or context_tokens(hf) or 0
+    item_bytes = hf.get_input_embeddings().weight.element_size()
+    try:
+        shape = read_shape(plain_model(hf).config.to_dict())
+    except UserError:  # a family whose sizes are not known from its config alone: nothing can be said beforehand
+        return ()
+    needed = num_lanes * cache_bytes(shape, slots=settings.slots, tokens=tokens, item_bytes=item_bytes)
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return ()
+    return (
+        f"{num_lanes * settings.slots} answers of {tokens} tokens would take {needed / 2**30:.1f} GiB, and "
+        f"{free / 2**30:.1f} GiB are free: lower --slots or --context-tokens, or long answers at once may fail",
+    )
 
 
 def _open_vllm(members: Sequence[_Member], settings: ServerSettings, loading: Loading) -> dict[str, Hosted]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import threading
@@ -85,7 +86,8 @@ class Running:
         self._loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self.leave)
+                with contextlib.suppress(NotImplementedError):  # Windows: uvicorn's own handlers end it at once
+                    self._loop.add_signal_handler(number, self.leave)
 
     def leave(self) -> None:
         """Begin to leave: new requests get 503, running answers end, at most `drain_seconds` later all is over."""
