@@ -38,8 +38,8 @@ THIRD_PARTY: dict[str, tuple[set[str], set[str]]] = {
     # Answers become rows, and rows are arrays of numpy.
     "train": ({"torch", "numpy"}, {"bitsandbytes"}),
     "evaluate": ({"numpy", "torch"}, set()),
-    # xllamacpp is llama.cpp in this process; fastapi and uvicorn are there where the extra `serve` is installed.
-    "serve": ({"torch"}, {"fastapi", "uvicorn", "starlette", "pydantic", "xllamacpp", "numpy", "llguidance", "vllm"}),
+    # xllamacpp is llama.cpp in this process; uvicorn and llguidance are there where the extra `serve` is installed.
+    "serve": ({"torch"}, {"uvicorn", "xllamacpp", "numpy", "llguidance", "vllm"}),
     "export": ({"numpy", "torch", "safetensors"}, {"gguf", "xllamacpp", "transformers", "peft", "sentencepiece"}),
     "report": (set(), set()),
     "pipeline": ({"numpy"}, {"torch", "transformers", "tokenizers"}),

@@ -16,7 +16,7 @@ from zhibei.serve.chat import Speaker
 from zhibei.serve.hosted import Hosted
 from zhibei.serve.refusals import Refusal
 
-INSTALL = "pip install llguidance"
+INSTALL = "pip install 'zhibei[serve]'"
 _PARAM = "response_format"
 
 
