@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decode_tables import decode_rows
 from benchmarks.doctor_tables import bad_inputs_rows, check_rows, coverage_rows, explain_rows
 from benchmarks.gguf_tables import loss_rows, speed_rows
 from benchmarks.records import RESULTS, Record, read
@@ -223,6 +224,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "memory-blind": ("memory.json", lambda records: memory_table(records, "blind")),
     "memory-quantised": ("memory.json", lambda records: memory_table(records, "quantised")),
     "generate-cpu": ("generate_cpu.json", generate_table),
+    "decode": ("decode.json", lambda records: plain_table(records, decode_rows)),
     "gguf-loss": ("gguf.json", lambda records: plain_table(records, loss_rows)),
     "gguf-speed": ("gguf.json", lambda records: plain_table(records, speed_rows)),
     "check": ("check.json", lambda records: plain_table(records, check_rows)),

@@ -191,6 +191,15 @@ def test_answers_under_way_are_a_phase_of_their_own():
     assert "answers" not in [phase.name for phase in predict(shape, replace(job, stage="dpo")).phases]
 
 
+def test_an_engine_beside_the_policy_takes_its_share_and_writes_outside_of_ours():
+    shape = read_shape(LLAMA_7B)
+    job = Job(2048, row_tokens=1024, method="lora", targets=("q_proj",), stage="grpo", rollout_batch=256)
+    own, beside = predict(shape, job), predict(shape, replace(job, engine_bytes=40 * 2**30))
+    assert beside.phase("steady").gib == pytest.approx(own.phase("steady").gib + 40)
+    assert not beside.phase("answers").causes.get("KV cache")
+    assert beside.phase("answers").gib < own.phase("answers").gib + 40
+
+
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_a_reward_model_is_a_whole_model_beside_the_policy(stage):
     shape = read_shape(LLAMA_7B)

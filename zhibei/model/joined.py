@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zhibei.model.quantized import QuantisedLinear, unpacked
+from zhibei.model.quantized import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,11 @@ def _adapters(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def joined_product(x_BI: torch.Tensor, joined: Joined) -> torch.Tensor:
     """What all layers give, side by side [B, N]."""
-    if joined.matrix is None:
+    if joined.matrix is None or joined.scales is not None:
+        # Codes are unpacked one layer after the other: that is what the memory plan counts.
         outs = [product(x_BI, part) for part in joined.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
-    matrix = joined.matrix
-    if joined.scales is not None:
-        codes = [joined.matrix, joined.scales * 127.0]
-        matrix = unpacked(codes, "int8", joined.size, joined.matrix.shape[1], x_BI.dtype)
-    out_BN = torch.nn.functional.linear(x_BI, matrix, joined.bias)
+    out_BN = torch.nn.functional.linear(x_BI, joined.matrix, joined.bias)
     return out_BN if joined.down is None else add_adapters_of(x_BI, joined, out_BN)
 
 

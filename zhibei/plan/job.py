@@ -83,6 +83,8 @@ class Job:
     """Of a reward model that is an adapter on the policy's base instead."""
     has_reference: bool = True
     rollout_batch: int = 32
+    engine_bytes: float = 0.0
+    """What an engine beside the policy takes of each GPU (vLLM); 0 where the policy's own weights write."""
     max_new_tokens: int = 128
     sharding: Sharding = "no_shard"
     offload: Offload = "none"
@@ -206,6 +208,7 @@ def job_of(
         reward_adapter_bytes=bytes_of_adapter(judge) if is_policy and judge is not None else 0,
         has_reference=run.stage == "ppo" or getattr(section, "kl_coefficient", 0) > 0,
         rollout_batch=policy.rollout_batch,
+        engine_bytes=share_of_vllm(policy, gpu) if is_policy else 0.0,
         max_new_tokens=policy.max_new_tokens,
         sharding=sharding,
         offload=ways.offload,
@@ -213,6 +216,13 @@ def job_of(
         gpus_per_node=max(1, len(machine.gpus)),
         on_gpu=gpu is not None,
     )
+
+
+def share_of_vllm(section: PolicySection, gpu: Gpu | None) -> float:
+    """vLLM takes its share of the card at once, weights, cache and all."""
+    if section.engine != "vllm" or gpu is None:
+        return 0.0
+    return section.vllm_memory_share * gpu.memory_gib * 2**30
 
 
 def bytes_of_adapter(folder: Path) -> int:

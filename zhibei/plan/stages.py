@@ -24,7 +24,8 @@ WRITING = ("ppo", "grpo", "raft")
 
 def stage_extras(shape: ModelShape, job: Job, held: Holdings) -> Causes:
     """Bytes that lie there all the time beside the model that learns."""
-    return EXTRAS[job.stage](shape, job, held)
+    beside = {"engine": job.engine_bytes} if job.engine_bytes else {}
+    return {**EXTRAS[job.stage](shape, job, held), **beside}
 
 
 def _sft(shape: ModelShape, job: Job, held: Holdings) -> Causes:
@@ -86,7 +87,9 @@ def answering_moments(shape: ModelShape, job: Job, held: Holdings) -> list[list[
     cache_token = cache_bytes(shape, slots=1, tokens=1, item_bytes=item)
     cache = cache_bytes(shape, slots=rows, tokens=job.row_tokens, item_bytes=item)
     prompts = min(PREFILL_TOKENS if job.on_gpu else CPU_PREFILL_TOKENS, rows * (job.row_tokens - job.max_new_tokens))
-    logits = LOGIT_COPIES * 4 * rows * shape.vocabulary
+    if job.engine_bytes:
+        cache = cache_token = prompts = 0
+    logits = 0 if job.engine_bytes else LOGIT_COPIES * 4 * rows * shape.vocabulary
     chunk = (item + LOGP_FORWARD) * min(LOSS_CHUNK, job.pass_tokens) * shape.vocabulary
     unpacked = {"working buffers": held.unpacked}
     return [[

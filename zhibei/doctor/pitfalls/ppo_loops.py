@@ -242,7 +242,11 @@ def rl_rollout_hang_oom_silent() -> None:
     "ppo",
     cost="run",
     kind="gate",
-    proof=["tests/train/test_policy_runs.py::test_what_is_wrong_before_learning_stops_the_run"],
+    proof=[
+        "tests/train/test_policy_runs.py::test_what_is_wrong_before_learning_stops_the_run",
+        "tests/train/test_policy_runs.py::test_an_engine_that_keeps_the_old_weights_stops_the_run",
+        "tests/train/test_policy_runs.py::test_the_importance_correction_weighs_each_token",
+    ],
     errors=[
         r"vllm_vs_local_logprob_diff",
     ],
