@@ -1,40 +1,38 @@
 """Checkpoints that are complete or absent: written aside, read back, then renamed. Knows no optimiser and no model.
 
 A checkpoint is a folder `step-000200` with one or more safetensors files per group of tensors (`model`, `optimizer`,
-`random`, ...), `state.json` (plain values) and `files.json` (name, size and SHA-256 of every other file; written last).
+`random`, ...), `state.json` (plain values) and `files.json` (store/checkpoint_files.py; written last). Several
+processes may write one together, each its own files: a `Draft` makes the folder, and a checkpoint of it in the end.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from zhibei.config.errors import UserError
-from zhibei.store.files import (
-    HashedFile,
-    as_json,
-    drop_from_page_cache,
-    read_json,
-    require_space,
-    sha256_of,
+from zhibei.store.checkpoint_files import (
+    Groups,
+    check_checkpoint,
+    files_record,
+    line_of,
+    read_groups,
+    require_same,
+    require_sound,
+    share_bytes,
+    write_share,
+    write_text,
 )
+from zhibei.store.files import as_json, read_json, require_space
 from zhibei.store.folders import Problem, clean_left_overs, remove_folder, whole_folder
-from zhibei.store.shards import (
-    DEFAULT_SHARD_BYTES,
-    TensorFolder,
-    Writable,
-    WrittenFile,
-    plan_shards,
-    read_header,
-    read_tensors,
-    write_shards,
-)
+from zhibei.store.parts import StoredTensors
+from zhibei.store.shards import DEFAULT_SHARD_BYTES
 
-FILES_FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{6,})")
 GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
 SPARE_BYTES = 2**20
@@ -61,58 +59,86 @@ def list_steps(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
+class _GivenUp(Exception):
+    """Lets the folder of a draft vanish."""
+
+
+class Draft:
+    """A checkpoint that is being written. Its owner makes it and commits it; others only fill `folder` (write_share).
+
+    Killed at any moment, it leaves the older checkpoints and at most a `.writing-*` folder that the next run cleans.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        step: int,
+        *,
+        groups: Collection[str],
+        state: Mapping[str, Any],
+        needed_bytes: int,
+        world: int = 1,
+    ) -> None:
+        """`state` must be JSON without NaN and should hold `run_id`: the same step of another run is never replaced.
+        `needed_bytes`: of all writers together. UserError when there is too little space or the folder is taken."""
+        self.step, self.world = step, world
+        self.final = step_path(checkpoints, step)
+        full_state = {**state, "step": step, "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        self._state_text = as_json(full_state)
+        for group in groups:
+            if not GROUP_NAME.fullmatch(group) or group in ("state", "files"):
+                raise ValueError(f"group name {group!r} must be lower-case letters, digits and underscores")
+        self._groups = list(groups)
+        _refuse_other_run(self.final, state)
+        needed = needed_bytes + len(self._state_text) + SPARE_BYTES
+        require_space(checkpoints, needed_bytes=needed, purpose=self.purpose)
+        self._open = ExitStack()
+        self.folder = self._open.enter_context(whole_folder(self.final, purpose=self.purpose))
+
+    @property
+    def purpose(self) -> str:
+        """What a person should read when it fails."""
+        return f"checkpoint {self.final.name}"
+
+    def commit(self, lines: Iterable[Mapping[str, Any]]) -> Path:
+        """Make it a checkpoint of these files (what every `write_share` has returned). UserError when the disk refuses;
+        nothing is then left behind."""
+        with self._open.pop_all():
+            state = line_of(write_text(self.folder, "state.json", self._state_text))
+            record = files_record(self.step, [*lines, state], groups=self._groups, world=self.world)
+            write_text(self.folder, "files.json", as_json(record))
+            require_same(self.folder / "state.json", state)
+            require_sound(self.folder, self.step)
+        return self.final
+
+    def abandon(self) -> None:
+        """Remove what was written; the older checkpoints are untouched."""
+        with suppress(_GivenUp), self._open.pop_all():
+            raise _GivenUp
+
+
 def save_checkpoint(
     checkpoints: Path,
     step: int,
     *,
-    groups: Mapping[str, Mapping[str, Writable]],
+    groups: Groups,
     state: Mapping[str, Any],
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Path:
-    """Save tensors and plain state as `step-000200`; when this returns, the checkpoint is on disk and was read back.
+    """Save tensors and plain state as `step-000200`, by one process alone; when this returns, the checkpoint is on disk
+    and was read back.
 
-    Tensors pass through host memory one at a time. `state` must be JSON without NaN and should hold `run_id`: the same
-    step of another run is never replaced. `step` and `saved_at` are added to it.
-    Killed at any moment, it leaves the older checkpoints and at most a `.writing-*` folder that the next run cleans.
+    Tensors pass through host memory one at a time. `step` and `saved_at` are added to `state` (see `Draft`).
     UserError when the disk is full, before or while writing; nothing is then left behind.
     """
-    final = step_path(checkpoints, step)
-    full_state = {**state, "step": step, "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    state_text = as_json(full_state)
-    plans = {}
-    for group, tensors in groups.items():
-        if not GROUP_NAME.fullmatch(group) or group in ("state", "files"):
-            raise ValueError(f"group name {group!r} must be lower-case letters, digits and underscores")
-        plans[group] = plan_shards(tensors, stem=group, max_shard_bytes=max_shard_bytes)
-    _refuse_other_run(final, state)
-    needed = sum(plan.num_bytes(groups[group]) for group, files in plans.items() for plan in files)
-    require_space(checkpoints, needed_bytes=needed + len(state_text) + SPARE_BYTES, purpose=f"checkpoint {final.name}")
-    with whole_folder(final, purpose=f"checkpoint {final.name}") as temporary:
-        written: list[WrittenFile] = []
-        for group, files in plans.items():
-            written += write_shards(temporary, groups[group], plans=files)
-        written.append(_write_file(temporary, "state.json", state_text))
-        _write_file(temporary, "files.json", as_json(_files_record(step, written, list(groups))))
-        _require_sound(temporary, step)
-    return final
-
-
-def _write_file(folder: Path, name: str, text: str) -> WrittenFile:
-    file = HashedFile(folder / name)
+    needed = share_bytes(groups, max_shard_bytes=max_shard_bytes)
+    draft = Draft(checkpoints, step, groups=list(groups), state=state, needed_bytes=needed)
     try:
-        file.write(text.encode("utf-8", errors="backslashreplace"))
+        lines = write_share(draft.folder, groups, purpose=draft.purpose, max_shard_bytes=max_shard_bytes)
     except BaseException:
-        file.abandon()
+        draft.abandon()
         raise
-    return WrittenFile(name, file.num_bytes, file.close(), ())
-
-
-def _files_record(step: int, written: list[WrittenFile], groups: list[str]) -> dict[str, Any]:
-    files = [
-        {"name": file.name, "bytes": file.num_bytes, "sha256": file.sha256, "tensors": len(file.tensors)}
-        for file in written
-    ]
-    return {"format": FILES_FORMAT, "step": step, "groups": groups, "files": files}
+    return draft.commit(lines)
 
 
 def _refuse_other_run(final: Path, state: Mapping[str, Any]) -> None:
@@ -129,74 +155,6 @@ def _refuse_other_run(final: Path, state: Mapping[str, Any]) -> None:
             fix="give the run another name, or move the old run away",
             where=str(final),
         )
-
-
-def _require_sound(temporary: Path, step: int) -> None:
-    problems = check_checkpoint(temporary, step=step)
-    if problems:
-        raise UserError(
-            f"what was just written reads back differently: {problems[0]}",
-            expected="the bytes that were written",
-            fix="the disk or its driver is faulty: write to another one; older checkpoints are untouched",
-            where=str(temporary.parent),
-        )
-
-
-def check_checkpoint(path: Path, *, step: int | None = None, with_hashes: bool = True) -> list[Problem]:
-    """Everything wrong with one checkpoint: missing, extra, truncated or changed files, a wrong step. Empty: sound.
-
-    `with_hashes=False` looks at names, sizes and headers only: a flipped bit then goes unseen.
-    """
-    try:
-        record = read_json(path / "files.json")
-        state = read_json(path / "state.json")
-        listed = {str(item["name"]): (int(item["bytes"]), str(item["sha256"])) for item in record["files"]}
-        steps = {int(record["step"]), int(state["step"])}
-        groups = [str(group) for group in record["groups"]]
-    except UserError as problem:
-        return [Problem(problem.where, problem.what)]
-    except (KeyError, TypeError, ValueError) as problem:
-        return [Problem(str(path / "files.json"), f"not as zhibei writes it: {type(problem).__name__} {problem}")]
-    problems = []
-    if step is not None and steps != {step}:
-        problems.append(Problem(str(path), f"holds step {sorted(steps)}, its name says {step}"))
-    present = {item.name for item in path.iterdir()}
-    problems += [
-        Problem(str(path / name), "not in files.json, so not part of the checkpoint")
-        for name in sorted(present - set(listed) - {"files.json"})
-    ]
-    problems += [
-        Problem(str(path), f"no file of group {group}")
-        for group in groups
-        if not any(name.split(".")[0].split("-")[0] == group for name in listed)
-    ]
-    for name, (num_bytes, sha256) in listed.items():
-        problem = _check_file(path / name, num_bytes=num_bytes, sha256=sha256 if with_hashes else None)
-        if problem:
-            problems.append(Problem(str(path / name), problem))
-    return problems
-
-
-def _check_file(path: Path, *, num_bytes: int, sha256: str | None) -> str | None:
-    """What is wrong with one file, or None."""
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    if size != num_bytes:
-        return f"{'truncated to' if size < num_bytes else 'grown to'} {size:,} of {num_bytes:,} bytes"
-    try:
-        if path.suffix == ".safetensors" and read_header(path).file_bytes != num_bytes:
-            return "its header promises another size"
-        if sha256 is not None:
-            drop_from_page_cache(path)
-            found = sha256_of(path)
-            if found != sha256:
-                return f"hash differs: {found[:12]}… instead of {sha256[:12]}… (bits changed after writing)"
-    except UserError as problem:
-        return problem.what
-    except OSError as problem:
-        return f"cannot be read: {problem.strerror}"
-    return None
 
 
 def newest_sound(checkpoints: Path) -> Sound | None:
@@ -221,11 +179,10 @@ def newest_sound(checkpoints: Path) -> Sound | None:
     )
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, TensorFolder], dict[str, Any]]:
-    """The tensors of each group (read from disk when asked for) and the state. Verify first: see `newest_sound`."""
-    record = read_json(path / "files.json")
-    state = read_json(path / "state.json")
-    return {group: read_tensors(path, stem=group) for group in record["groups"]}, state
+def load_checkpoint(path: Path) -> tuple[dict[str, StoredTensors], dict[str, Any]]:
+    """The tensors of each group (read from disk when asked for, whole or some rows), and the state. Verify first: see
+    `newest_sound`."""
+    return read_groups(path), read_json(path / "state.json")
 
 
 def prune(

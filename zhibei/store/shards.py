@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     Names that were tied when written give the same values again. Values are private copies in host memory.
     """
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], *, without: Collection[str] = ()) -> None:
+        """`without`: names that are left out, wherever they are."""
         self._files: dict[str, Path] = {}
         self._entries: dict[str, TensorEntry] = {}
         self.tied: dict[str, str] = {}
@@ -224,7 +225,8 @@ class TensorFolder(Mapping[str, torch.Tensor]):
                     fix="use an older checkpoint or fetch the file again",
                     where=str(path),
                 )
-            for name in header.entries:
+            entries = {name: entry for name, entry in header.entries.items() if name not in without}
+            for name in entries:
                 if name in self._files:
                     raise UserError(
                         f"tensor {name} is also in {self._files[name].name}",
@@ -233,7 +235,7 @@ class TensorFolder(Mapping[str, torch.Tensor]):
                         where=str(path),
                     )
                 self._files[name] = path
-            self._entries.update(header.entries)
+            self._entries.update(entries)
             self.tied.update(json.loads(header.metadata.get("tied", "{}")))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -258,14 +260,20 @@ class TensorFolder(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files) + len(self.tied)
 
-    def read_unmapped(self, name: str) -> torch.Tensor:
-        """One tensor by ordinary reads. Nothing of its file stays in memory beside it, as pages of a mapping would."""
+    def read_unmapped(self, name: str, *, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """One tensor, or some of its rows, by ordinary reads. Nothing else of its file stays in memory beside it, as
+        pages of a mapping would."""
         name = self.tied.get(name, name)
         path, entry = self._files[name], self._entries[name]
-        values = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        shape, skipped = list(entry.shape), 0
+        count = entry.end - entry.start
+        if rows is not None:
+            row_bytes = count // max(shape[0], 1)
+            shape[0], skipped, count = rows[1] - rows[0], rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        values = torch.empty(count, dtype=torch.uint8)
         with open(path, "rb", buffering=0) as file:
-            file.seek(read_header(path).data_start + entry.start)
-            view, num_read = memoryview(values.numpy()), 0
+            file.seek(read_header(path).data_start + entry.start + skipped)
+            view, num_read = values.numpy().data, 0
             while num_read < len(view):
                 more = file.readinto(view[num_read:])
                 if not more:
@@ -276,7 +284,7 @@ class TensorFolder(Mapping[str, torch.Tensor]):
                         where=str(path),
                     )
                 num_read += more
-        return values.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return values.view(DTYPES[entry.dtype]).reshape(shape)
 
     def spec(self, name: str) -> TensorEntry:
         """dtype, shape and place of a tensor, without reading it."""
