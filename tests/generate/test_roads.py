@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import tiny_model
 from zhibei.generate import decoding, fast
+from zhibei.generate.captured import CapturedStep, size_for
 from zhibei.generate.decoding import AloneRoad, FastRoad, SlotRoad, road_of
 from zhibei.generate.families import MASK_BY_LAYER, ONE_MASK, mask_kinds
 from zhibei.generate.options import SamplingOptions
@@ -115,6 +116,24 @@ def test_a_cache_grows_no_further_than_it_may() -> None:
     assert sizes == [16, 32, 64, 100, 100]
     assert cache.keys[0][1, 0, :10].eq(1).all()
     assert cache.keys[0].sum() == 40
+
+
+def test_a_step_that_cannot_be_captured_is_computed_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(CapturedStep, "_capture", refuse)
+    step = CapturedStep(lambda a, b: a + b, prove=lambda *_: None, slots=5, device=torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        assert step(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])).tolist() == [5, 7, 9]
+    assert step(torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])).tolist() == [2, 3, 4]
+
+
+def test_a_graph_serves_the_rows_it_was_made_for_with_little_to_spare() -> None:
+    sizes = [size_for(num_rows) for num_rows in range(1, 257)]
+    assert all(num_rows <= size for num_rows, size in enumerate(sizes, start=1))
+    assert all(size <= 2 * num_rows for num_rows, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) == 13
 
 
 def broken(*_: Any) -> torch.Tensor:

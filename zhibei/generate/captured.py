@@ -6,6 +6,7 @@ them or the cache must `forget`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class CapturedStep:
         self._compute, self._prove, self._slots = compute, prove, slots
         self._tokens_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self._positions_S = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._graphs: dict[int, tuple[Any, torch.Tensor] | None] = {}
         self._pool: Any = None
 
     def forget(self) -> None:
@@ -42,10 +43,25 @@ class CapturedStep:
         # Idle rows of a graph write into the first column of their own, free slots.
         self._positions_S[num_rows:size] = 0
         if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        graph, logits_BV = self._graphs[size]
+            self._graphs[size] = self._captured(size)
+        found = self._graphs[size]
+        if found is None:
+            return self._compute(tokens_B, positions_B)
+        graph, logits_BV = found
         graph.replay()
         return logits_BV[:num_rows]
+
+    def _captured(self, size: int) -> tuple[Any, torch.Tensor] | None:
+        """None for a step that cannot be recorded: an operation of some library may wait for the device."""
+        try:
+            return self._capture(size)
+        except RuntimeError as error:
+            warnings.warn(
+                f"the decode step cannot be captured as a graph, answers come more slowly ({error})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _capture(self, size: int) -> tuple[Any, torch.Tensor]:
         tokens_B, positions_B = self._tokens_S[:size], self._positions_S[:size]
@@ -59,7 +75,7 @@ class CapturedStep:
         here.wait_stream(aside)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits_BV = self._compute(tokens_B, positions_B)
         return graph, logits_BV
 
