@@ -157,6 +157,7 @@ def test_the_importance_correction_weighs_each_token(tmp_path: Path, monkeypatch
     [
         ("ppo.reward=null", "are both open: nothing says which answers are good"),
         ("ppo.reward=number", None),
+        ("ppo.engine=vllm", "vLLM, which is not installed"),
         ("ppo.reward=python:no_such_file.py:f", "cannot be loaded"),
         ("ppo.micro_batch_tokens=20", "has .* tokens"),
     ],
@@ -182,7 +183,10 @@ def test_prompts_without_a_result_are_refused_where_results_are_compared(tmp_pat
 def test_equal_rewards_are_counted_and_teach_nothing(tmp_path: Path) -> None:
     small_policy(tmp_path, "grpo")
     constant = f"python:{tmp_path / 'rewards.py'}:constant"
-    run_dir = train(small_policy(tmp_path, "grpo", f"grpo.reward={constant}", "grpo.max_steps=2", "name=equal"))
+    with pytest.raises(RunStopped, match="nothing was learned in 2 iterations"):
+        train(small_policy(tmp_path, "grpo", f"grpo.reward={constant}", "grpo.max_steps=2", "name=equal"))
+    run_dir = RunDir(tmp_path / "runs" / "equal")
+    assert not run_dir.model.exists()
     records = [record for record in read_metrics(run_dir.metrics) if record["kind"] == "iteration"]
     assert [record["excluded_groups"] for record in records] == [4, 4]
     assert [record["policy_steps"] for record in records] == [0, 0]
@@ -337,8 +341,9 @@ def test_raft_takes_the_kl_off_before_it_compares() -> None:
 
 
 def test_a_step_of_raft_is_a_supervised_step_over_what_was_kept(tmp_path: Path) -> None:
-    run_dir = train(small_policy(tmp_path, "raft", "raft.max_steps=1", "raft.global_batch=4", "raft.least_reward=9"))
-    record = next(r for r in read_metrics(run_dir.metrics) if r["kind"] == "iteration")
+    with pytest.raises(RunStopped, match="none was good enough"):
+        train(small_policy(tmp_path, "raft", "raft.max_steps=1", "raft.global_batch=4", "raft.least_reward=9"))
+    record = next(r for r in read_metrics(RunDir(tmp_path / "runs" / "small").metrics) if r["kind"] == "iteration")
     assert (record["kept"], record["not_good_enough"], record["policy_steps"]) == (0, 8, 0)
     parts = gather_policy(small_policy(tmp_path, "raft", "raft.global_batch=4"))
     made = collect(parts, 0, RunningScale(), group=8)

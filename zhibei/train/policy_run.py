@@ -109,8 +109,23 @@ def train_policy(
         going = PolicyRun(parts, run_dir, progress, state, recorder, panel_of(parts))
         begin(going)
         loop(going)
+        require_learning(going)
         finish(materials, run_dir, progress, recorder)
     return run_dir
+
+
+def require_learning(going: PolicyRun) -> None:
+    """Raises RunStopped when not one answer of the whole run was learned from: the model would be the old one."""
+    if going.progress.learned_tokens:
+        return
+    raise RunStopped(
+        f"nothing was learned in {going.progress.step} iterations: the answers to each prompt always had one and the "
+        "same reward, or none was good enough",
+        expected="prompts whose answers differ in reward",
+        fix=f"look at reward_mean and reward_std in {going.run_dir.metrics}; try the reward by itself, "
+        "use other prompts, or raise temperature",
+        where=f"{going.parts.run.stage}.reward",
+    )
 
 
 def begin(going: PolicyRun) -> None:
