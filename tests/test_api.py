@@ -47,9 +47,11 @@ def test_from_a_run_file_to_a_model_that_speaks(run_file: Path) -> None:
     assert again.model.activation_checkpointing == "none"
     assert again.sft == resolved.run.sft.model_copy(update=settled)
     assert again.model == resolved.run.model.model_copy(update={"activation_checkpointing": "none"})
-    assert again.model_copy(update={"sft": None, "model": None}) == resolved.run.model_copy(
-        update={"sft": None, "model": None}
-    )
+    sharding = {"sharding": again.distributed.sharding}
+    assert sharding == {"sharding": "no_shard"}
+    assert again.distributed == resolved.run.distributed.model_copy(update=sharding)
+    rest = {"sft": None, "model": None, "distributed": None}
+    assert again.model_copy(update=rest) == resolved.run.model_copy(update=rest)
     assert zhibei.load(run_dir.path, device="cpu").template.name == "alpaca_short"
     assert zhibei.write_report(run_dir.path).is_file()
     with pytest.raises(UserError):
