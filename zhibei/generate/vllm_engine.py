@@ -66,13 +66,7 @@ class VllmWriter:
         )
 
     def _start(self) -> Any:
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                "engine: vllm asks for vLLM, which is not installed",
-                expected="vLLM 0.8 or later",
-                fix="pip install vllm (it brings its own torch), or set engine: ours",
-                where="engine",
-            )
+        require_vllm()
         # The weights are handed over as tensors of this process.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import vllm  # pyright: ignore[reportMissingImports]
@@ -85,6 +79,17 @@ class VllmWriter:
             # Log-probabilities of the distribution that is drawn from, temperature and filters included.
             logprobs_mode="processed_logprobs",
             seed=self.seed,
+        )
+
+
+def require_vllm() -> None:
+    """Raises UserError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "engine: vllm asks for vLLM, which is not installed",
+            expected="vLLM 0.8 or later",
+            fix="pip install vllm (it brings its own torch), or set engine: ours",
+            where="engine",
         )
 
 

@@ -20,7 +20,7 @@ from zhibei.data.prepare import prepare
 from zhibei.data.prepared import PreparedSet
 from zhibei.data.references import Question, read_questions
 from zhibei.generate.rollouts import Rollout, write_answers
-from zhibei.generate.vllm_engine import VllmWriter
+from zhibei.generate.vllm_engine import VllmWriter, require_vllm
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.device import choose_device, choose_precision
 from zhibei.model.dropout import without_dropout
@@ -158,6 +158,7 @@ def _ours(run: RunFile, section: PolicySection, precision: str) -> Callable[...,
 
 
 def _vllm(run: RunFile, section: PolicySection, precision: str) -> Callable[..., Rollout]:
+    require_vllm()
     return VllmWriter(
         folder=str(locate(run.model.path).weights),
         precision=precision,
