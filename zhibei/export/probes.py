@@ -91,8 +91,15 @@ def rows_of_text(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def heldout_rows(run: RunDir) -> list[list[int]] | None:
-    """Held-out rows (else training rows) of a run from the cache of prepared data; None when they are not there."""
+    """Held-out rows (else training rows) of a run from the cache of prepared data; None when they are not there.
+
+    A run that learned from answers of its own has prompts only, and no model was taught to say those: the rows are then
+    those of the run that it began from.
+    """
     prepared = _prepared(run)
+    if prepared and isinstance(prepared.heldout, AnswerRows) and set(prepared.heldout.sides) == {"prompt"}:
+        parent = recorded(read_manifest(run.path), "parent_run")
+        return heldout_rows(RunDir(Path(parent))) if parent else None
     for rows in (prepared.heldout, prepared.train) if prepared else ():
         if len(rows):
             return _lists(rows, most=MOST_ROWS * 4)
