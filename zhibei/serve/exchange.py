@@ -122,6 +122,7 @@ def requests_for(
                     number=choice,
                     decode=hosted.speaker.decode,
                     top_logprobs=asked.logprobs or 0,
+                    pieces=asked.stream,
                     **shaped,
                 )
             )

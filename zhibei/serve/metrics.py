@@ -20,7 +20,7 @@ _COUNTERS = {
 }
 _TIMES = {
     "zhibei_request_seconds": "Seconds from the request to the end of its response.",
-    "zhibei_first_piece_seconds": "Seconds from the request to the first text of its answer.",
+    "zhibei_first_piece_seconds": "Seconds from a request for a stream to the first text of its answer.",
 }
 
 

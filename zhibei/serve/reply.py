@@ -41,7 +41,6 @@ class Reply:
         """All answers in one document."""
         answers: dict[int, Answer] = {}
         async for arrived in exchange.pieces():
-            self._note_first(arrived)
             if arrived.answer is not None:
                 answers[arrived.choice] = arrived.answer
         make = said.chat_choice if self.heading.is_chat else said.text_choice
@@ -56,7 +55,7 @@ class Reply:
         answers: list[Answer] = []
         try:
             async for arrived in exchange.pieces():
-                self._note_first(arrived)
+                self._note_first()
                 if arrived.text or arrived.answer:
                     await send(_event(self._piece(arrived, is_first=arrived.choice not in begun)))
                     begun.add(arrived.choice)
@@ -86,7 +85,7 @@ class Reply:
         make = said.token_rows if self.heading.is_chat else said.text_logprobs
         return make(answer, self.hosted, num_top=self.asked.logprobs)
 
-    def _note_first(self, arrived: Arrived) -> None:
+    def _note_first(self) -> None:
         if "first_seconds" not in self.visit.facts:
             seconds = time.monotonic() - self.visit.begun
             self.visit.facts["first_seconds"] = round(seconds, 4)
