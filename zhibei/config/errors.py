@@ -41,6 +41,15 @@ class RunStopped(UserError):
     exit_code = STOPPED_BY_WATCHDOG
 
 
+class RankLost(RunStopped):
+    """Another rank died, hangs or cannot be reached; the run can go on from its newest sound checkpoint.
+
+    `is_told_here`: of the ranks that wait for it, this is the one to say so.
+    """
+
+    is_told_here = True
+
+
 class RunInterrupted(UserError):
     """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved its state first."""
 

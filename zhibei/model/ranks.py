@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from zhibei.config.errors import RunInterrupted, RunStopped, UserError
+from zhibei.model.meeting import mark, meeting
 
 PATIENCE_SECONDS = 600
 """How long a collective operation waits for the slowest rank before it fails."""
@@ -48,6 +51,7 @@ class Ranks:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place. Every rank must call it, in the same order."""
         if self.are_several:
+            mark("adds up tensors")
             dist.all_reduce(tensor)
         return tensor
 
@@ -55,6 +59,7 @@ class Ranks:
         """Sums of plain numbers over all ranks, without the devices."""
         if not self.are_several:
             return list(values)
+        mark("adds up numbers")
         numbers = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(numbers, group=_host_group())
         return numbers.tolist()
@@ -63,6 +68,7 @@ class Ranks:
         """Values of which each rank knows some, on the CPU; what several know they know alike."""
         if not self.are_several:
             return values_R
+        mark("puts values together")
         both = torch.stack([values_R.double() * is_known_R, is_known_R.double()])
         dist.all_reduce(both, group=_host_group())
         return (both[0] / both[1].clamp(min=1)).to(values_R.dtype)
@@ -71,6 +77,7 @@ class Ranks:
         """Rank 0's value (what JSON can hold) on every rank."""
         if not self.are_several:
             return value
+        mark("sends to the others" if self.is_first else "waits for rank 0")
         sent = _as_bytes(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor(len(sent))
         dist.broadcast(size, src=0, group=_host_group())
@@ -82,6 +89,7 @@ class Ranks:
         """Every rank's value (what JSON can hold), in the order of ranks, on every rank."""
         if not self.are_several:
             return [value]
+        mark("gathers values")
         own = _as_bytes(value)
         sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor(len(own)), group=_host_group())
@@ -118,6 +126,7 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank is here."""
         if self.are_several:
+            mark("waits for all ranks")
             dist.barrier(group=_host_group())
 
 
@@ -188,17 +197,45 @@ def ranks_asked() -> Ranks:
 def met(device: torch.device, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[Ranks]:
     """The ranks, connected while the block runs: NCCL between GPUs, gloo between processors.
 
-    Raises UserError when they cannot find one another. A group that exists already is used and left alone.
+    A group that exists already is used and left alone. Raises UserError when they cannot find one another, RankLost
+    when one of them dies or hangs meanwhile, and the fault of another rank that ended with one.
     """
     asked = ranks_asked()
-    if not asked.are_several or dist.is_initialized():
+    if not asked.are_several:
         yield asked
         return
+    with meeting(rank=asked.rank, world=asked.world, patience_seconds=patience_seconds) as here:
+        is_ours = not dist.is_initialized()
+        if is_ours:
+            _connect(asked, device, here.store, patience_seconds)
+        try:
+            yield asked
+        except RuntimeError as error:
+            cause = here.pulse.explain() if FAILED_TOGETHER.search(str(error)) else None
+            if cause is None:
+                raise
+            raise cause from error
+        finally:
+            if is_ours:
+                _HOST_GROUPS.clear()
+                dist.destroy_process_group()
+
+
+FAILED_TOGETHER = re.compile(r"gloo|nccl|connection|timed? ?out|peer|socket|store", re.IGNORECASE)
+"""What an operation among ranks says when another rank is the cause."""
+PATIENCE_OF_OPERATIONS = 2.0
+"""An operation among ranks itself fails only after the watch over the ranks had time to name the culprit."""
+
+
+def _connect(asked: Ranks, device: torch.device, store: Any, patience_seconds: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
             backend,
-            timeout=timedelta(seconds=patience_seconds),
+            store=PrefixStore("group", store),
+            rank=asked.rank,
+            world_size=asked.world,
+            timeout=timedelta(seconds=PATIENCE_OF_OPERATIONS * patience_seconds + 30),
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -209,11 +246,6 @@ def met(device: torch.device, *, patience_seconds: float = PATIENCE_SECONDS) -> 
             "NCCL_SOCKET_IFNAME); zhibei launch checks these first",
             where="environment",
         ) from error
-    try:
-        yield asked
-    finally:
-        _HOST_GROUPS.clear()
-        dist.destroy_process_group()
 
 
 _HOST_GROUPS: list[Any] = []

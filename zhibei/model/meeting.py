@@ -1,0 +1,225 @@
+"""Where the ranks of a run find one another before anything is added up: one store of texts. Knows addresses and what
+JSON can hold, no tensor and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from zhibei.config.errors import RankLost, UserError
+from zhibei.model.pulse import Pulse
+
+POLL_SECONDS = 0.1
+CONNECT_SECONDS = 300.0
+
+
+class Meeting:
+    """The store of this run's ranks, as this rank sees it, and its pulse. Values are what JSON can hold."""
+
+    def __init__(self, store: Any, pulse: Pulse, *, rank: int, world: int) -> None:
+        self.store, self.pulse, self.rank, self.world = store, pulse, rank, world
+
+    def tell(self, name: str, value: Any) -> None:
+        self.store.set(name, json.dumps(value))
+
+    def heard(self, name: str) -> Any:
+        """What was told under this name; None where nothing was."""
+        return json.loads(self.store.get(name)) if self.store.check([name]) else None
+
+    def wait_for(self, name: str, *, seconds: float) -> Any:
+        """What is told under this name, at the latest after so many seconds; None after them."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            value = self.heard(name)
+            if value is not None:
+                return value
+            self.pulse.progress.since = time.monotonic()  # waits on purpose
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def leave(self, error: BaseException | None) -> None:
+        """Say to the others that this rank ends, and of what."""
+        told: dict[str, Any] = {"host": socket.gethostname(), "fault": None, "exit_code": 1}
+        if isinstance(error, UserError) and not isinstance(error, RankLost):
+            told |= {"fault": error.as_dict(), "exit_code": error.exit_code}
+        elif error is not None and not isinstance(error, RankLost):
+            told["fault"] = {"what": f"{type(error).__name__}: {error}", "expected": "", "fix": "", "where": ""}
+        with suppress(RuntimeError):
+            self.tell(f"left/{self.rank}", told)
+
+
+_OPEN: list[Meeting] = []
+"""The meeting of this process; it has one or none."""
+
+
+def present() -> Meeting | None:
+    """The meeting that this process takes part in."""
+    return _OPEN[0] if _OPEN else None
+
+
+def mark(doing: str) -> None:
+    """Note that this rank enters an operation among ranks, so that others can tell who has not."""
+    if _OPEN:
+        _OPEN[0].pulse.progress.mark(doing)
+
+
+def note_step(step: int) -> None:
+    """Note how far this rank has come."""
+    if _OPEN:
+        _OPEN[0].pulse.progress.step = step
+
+
+@contextmanager
+def meeting(*, rank: int, world: int, patience_seconds: float) -> Iterator[Meeting]:
+    """The store of this run, connected while the block runs; a meeting that is open already is used and left open.
+
+    Raises UserError when rank 0 cannot open the port, or another one cannot reach it.
+    """
+    if _OPEN:
+        yield _OPEN[0]
+        return
+    seconds = min(CONNECT_SECONDS, patience_seconds)
+    own = _connected(rank, seconds=seconds, may_serve=True)
+    pulse = Pulse(
+        PrefixStore("zhibei", _connected(rank, seconds=seconds, may_serve=False)),
+        rank=rank,
+        world=world,
+        patience_seconds=patience_seconds,
+    )
+    here = Meeting(PrefixStore("zhibei", own), pulse, rank=rank, world=world)
+    _refuse_a_twin(here)
+    pulse.start()
+    _OPEN.append(here)
+    try:
+        yield here
+    except BaseException as error:
+        here.leave(error)
+        raise
+    else:
+        here.leave(None)
+    finally:
+        _OPEN.clear()
+        pulse.stop()
+
+
+def _refuse_a_twin(here: Meeting) -> None:
+    """Raises UserError where another process has come as the same rank."""
+    own = f"{socket.gethostname()} (pid {os.getpid()})"
+    if here.store.add(f"came/{here.rank}", 1) == 1:
+        here.tell(f"who/{here.rank}", own)
+        return
+    raise UserError(
+        f"two processes are rank {here.rank}: {here.wait_for(f'who/{here.rank}', seconds=5)} and {own}",
+        expected="each rank once",
+        fix="give every node its own --node-rank (or auto), and end what is left over of an earlier launch",
+        where="environment",
+    )
+
+
+def master() -> tuple[str, int]:
+    """Host and port of the meeting point. Raises UserError where the environment does not say them."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"MASTER_ADDR={host} and MASTER_PORT={port} do not say where the ranks meet",
+            expected="a host and a port, as zhibei launch and torchrun set them",
+            fix="start with  zhibei launch ...",
+            where="environment",
+        )
+    return host, int(port)
+
+
+def _connected(rank: int, *, seconds: float, may_serve: bool) -> Any:
+    """A connection to the store; rank 0 opens it where no launcher and no process group has."""
+    host, port = master()
+    serves = (
+        may_serve
+        and rank == 0
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        and not dist.is_initialized()
+    )
+    try:
+        return TCPStore(
+            host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=max(1.0, seconds))
+        )
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        if serves:
+            raise UserError(
+                f"rank 0 on {socket.gethostname()} cannot open port {port} for the others: {first}",
+                expected="a free port",
+                fix="end the process that holds it if it is a leftover of yours (ss -ltnp shows it), or take another "
+                "port: zhibei launch --master HOST:PORT, or MASTER_PORT",
+                where=f"{host}:{port}",
+            ) from error
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} does not reach the meeting point {host}:{port} "
+            f"({seconds:.0f} s tried): {first}",
+            expected="the first node, listening there",
+            fix="see that the first node is started, that this one can reach it (nc -vz HOST PORT), and that no "
+            "firewall is between; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the interface",
+            where=f"{host}:{port}",
+        ) from error
+
+
+def all_told(here: Meeting, name: str, value: Any, *, seconds: float) -> list[tuple[Any, float] | None]:
+    """On rank 0: what every rank told under this name, and how many seconds its clock is ahead of this one's; None for
+    those that did not come in time. Elsewhere: nothing, at once after rank 0 is there to look at the clocks."""
+    if here.rank != 0:
+        here.pulse.progress.mark(f"waits for rank 0: {name}")
+        here.wait_for(f"{name}/begins", seconds=seconds)
+        here.tell(f"{name}/{here.rank}", {"value": value, "clock": time.time()})
+        return []
+    here.tell(f"{name}/begins", value=True)
+    deadline = time.monotonic() + seconds
+    found: dict[int, tuple[Any, float]] = {0: (value, 0.0)}
+    while len(found) < here.world and time.monotonic() < deadline:
+        for rank in range(1, here.world):
+            if rank not in found and (told := here.heard(f"{name}/{rank}")) is not None:
+                found[rank] = (told["value"], told["clock"] - time.time())
+        here.pulse.progress.since = time.monotonic()
+        time.sleep(POLL_SECONDS)
+    return [found.get(rank) for rank in range(here.world)]
+
+
+def first_does(here: Meeting, name: str, action: Callable[[], Any]) -> Any:
+    """What rank 0 finds when it does this alone, on every rank; the others wait as long as rank 0 is alive.
+
+    It may take any time: unlike an operation among ranks it has no timeout. A UserError of rank 0 ends the others too
+    (`told` says of what); it is rank 0 that shows it.
+    """
+    if here.rank == 0:
+        here.pulse.progress.mark(name)
+        value = action()
+        here.tell(name, {"value": value})
+        return value
+    here.pulse.progress.mark(f"waits for rank 0: {name}")
+    here.pulse.progress.is_patient = True
+    try:
+        while True:
+            told, left = here.heard(name), here.heard("left/0")
+            if told is not None:
+                return told["value"]
+            if left is not None:
+                raise fault_of_first(left)
+            time.sleep(POLL_SECONDS)
+    finally:
+        here.pulse.progress.is_patient = False
+
+
+def fault_of_first(left: dict[str, Any]) -> UserError:
+    """The error with which rank 0 ended, for the others to end with."""
+    fault = left.get("fault") or {"what": "rank 0 ended", "expected": "", "fix": "see rank 0", "where": ""}
+    error = UserError(**{name: fault[name] for name in ("what", "expected", "fix", "where")})
+    error.exit_code = int(left["exit_code"])
+    return error
