@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -293,17 +294,26 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.folder or tempfile.mkdtemp(prefix="memory-stages-"))
     began = time.monotonic()
     wanted = list(settings_of(options))
-    for setting in {(s.shape, s.layers): s for s in wanted}.values():
-        make_in_process(folder, setting)
-    judges = {(s.shape, s.layers): s for s in wanted if s.judged_by != "length"}
-    for setting in judges.values():
+    shapes = {(s.shape, s.layers): s for s in wanted}
+    with ThreadPoolExecutor(max_workers=len(shapes)) as pool:
+        list(pool.map(lambda setting: make_in_process(folder, setting), shapes.values()))
+    judges = {(s.shape, s.layers): threading.Event() for s in wanted if s.judged_by != "length"}
+
+    def train_judge(shape: tuple[str, int]) -> None:
+        setting = shapes[shape]
         if not (folder_of(setting, folder) / "runs" / JUDGE / "model").is_dir():
             judge = Setting(JUDGE, "reward", shape=setting.shape, layers=setting.layers, tokens=setting.tokens)
             record = in_process(folder, judge, name=JUDGE, flags=["--to-the-end"], limit=120)
             print("judge:", summary(record), flush=True)
+        judges[shape].set()
+
+    for shape in judges:
+        threading.Thread(target=train_judge, args=[shape]).start()
     lock, gate = threading.Lock(), threading.Semaphore(options.parallel)
 
     def work(number: int, setting: Setting) -> None:
+        if setting.judged_by != "length":
+            judges[(setting.shape, setting.layers)].wait()
         with gate:
             left = options.seconds - (time.monotonic() - began)
             if left < 5:
@@ -344,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--out", type=Path, default=RESULT_FILE, help="result file, written after each configuration")
     top.add_argument("--only", default="", help="only settings whose names contain this")
     top.add_argument("--seconds", type=float, default=240, help="start nothing after that")
-    top.add_argument("--parallel", type=int, default=6, help="most configurations measured at the same time")
+    top.add_argument("--parallel", type=int, default=8, help="most configurations measured at the same time")
     top.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     top.add_argument("--merge", type=Path, help="take in a result file")
     top.add_argument("--show", action="store_true", help="print what the result file holds")
