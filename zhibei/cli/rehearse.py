@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json as json_format
+import os
 import subprocess
 import sys
 import tempfile
@@ -84,8 +85,15 @@ def rehearse_before(resolved: ResolvedRun, *, quiet: bool) -> dict[str, Any]:
         file = Path(folder) / f"{resolved.run.name}.yaml"
         write_resolved(resolved, file)
         command = [sys.executable, "-m", "zhibei", "rehearse", str(file), "--json"]
+        # It is one process, also where the run itself has several ranks.
+        alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None, text=True, check=False
+            command,
+            env=alone,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if quiet else None,
+            text=True,
+            check=False,
         )
     document: dict[str, Any] = {"error": {"what": f"its process died (exit code {done.returncode})"}}
     with contextlib.suppress(ValueError):

@@ -6,6 +6,7 @@ Knows figures of processes and how they may differ; no operation among ranks but
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -23,21 +24,39 @@ MOST_SKEW_SECONDS = 60.0
 MOST_NAMED = 4
 
 
-def agree(here: Meeting, resolved: ResolvedRun | None, fault: UserError | None, *, seconds: float) -> None:
+def agree(here: Meeting, resolved: ResolvedRun | None, fault: UserError | None, *, seconds: float) -> list[str]:
     """Every rank says what it is about to train, rank 0 compares, all raise the same UserError where they differ.
 
-    `fault`: why the run file could not be read on this rank. `seconds`: how long rank 0 waits for the others.
+    Returns the launches that the ranks belong to, one for each node. `fault`: why the run file could not be read on
+    this rank. `seconds`: how long rank 0 waits for the others.
     """
     from zhibei.model.meeting import all_told, first_does
 
     told = all_told(here, "facts", own_facts(resolved, fault), seconds=seconds)
 
-    def compared() -> None:
+    def compared() -> list[str]:
         problem = disagreement(told, seconds=seconds)
         if problem is not None:
             raise problem
+        return sorted({one[0]["launch"] for one in told if one is not None} - {""})
 
-    first_does(here, "all ranks came and agree", compared)
+    return first_does(here, "all ranks came and agree", compared)
+
+
+def launch_id() -> str:
+    """What is the same for all ranks of a node however often they are started again: set by `zhibei launch`, else who
+    started this process. A run directory that such a launch made is its own to go on in."""
+    given = os.environ.get("ZHIBEI_LAUNCH_ID", "")
+    if given or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return given
+    parent = os.getppid()
+    try:
+        started = (
+            Path(f"/proc/{parent}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        )
+    except (OSError, IndexError):
+        return ""
+    return f"{socket.gethostname()}-{parent}-{started}"
 
 
 def own_facts(resolved: ResolvedRun | None, fault: UserError | None) -> dict[str, Any]:
@@ -49,6 +68,7 @@ def own_facts(resolved: ResolvedRun | None, fault: UserError | None) -> dict[str
         "rank": asked.rank,
         "host": socket.gethostname(),
         "local_rank": asked.local,
+        "launch": launch_id(),
         "versions": versions(),
         "fault": None if fault is None else _as_told(fault),
         "run": {},

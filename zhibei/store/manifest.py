@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import uuid
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ DESCRIBED = (
 WHOLE_BYTES = 64 * 2**20
 SAMPLE_BYTES = 64 * 2**10
 NUM_SAMPLES = 256
+LAUNCHES = "ZHIBEI_LAUNCHES"
+"""Environment variable: the launches that this run belongs to; started again by one of them, it goes on."""
 
 
 def new_manifest(described: Mapping[str, Any], *, device_name: str) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def new_manifest(described: Mapping[str, Any], *, device_name: str) -> dict[str,
         "run_id": str(uuid.uuid4()),
         "created": now(),
         "finished": None,
+        "launch": [name for name in os.environ.get(LAUNCHES, "").split(",") if name],
         "environment": environment(device_name=device_name),
         **described,
     }

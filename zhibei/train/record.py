@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from zhibei.model.meeting import note_step
 from zhibei.model.ranks import current
 from zhibei.store.metrics import Metrics
 from zhibei.train.alarms import Alarm
@@ -37,6 +38,7 @@ class Recorder:
         self._alarms: list[Alarm] = []
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
+        note_step(step)
         if self.metrics is None:
             return
         record = {"kind": kind, "step": step, "time": time.time(), **figures}

@@ -108,8 +108,16 @@ CANARIES: Canaries = {
         ],
     ),
     "several-ranks-each-train-alone": (
-        [launched(**ONE_NODE), launched(**TWO_NODES), launched(world_size=2)],
-        [healthy(), launched(launcher="torchrun", world_size=1), healthy(machine=parse_machine("h100:8x2"))],
+        [launched(launcher="srun", world_size=2), launched(launcher="mpirun", world_size=8, num_nodes=2)],
+        [
+            healthy(),
+            launched(**ONE_NODE),
+            launched(**TWO_NODES),
+            launched(world_size=2),
+            launched(launcher="srun", world_size=1),
+            broken(launched(launcher="srun", world_size=2), "environment.variables", {"WORLD_SIZE": "2"}),
+            healthy(machine=parse_machine("h100:8x2")),
+        ],
     ),
 }
 

@@ -26,7 +26,6 @@ VIRTUAL = (
     "podman*",
     "lxc*",
 )
-ONE_PROCESS = "tests/doctor/test_no_such_option.py::test_no_stage_waits_for_another_rank"
 NO_OPTION = "tests/doctor/test_no_such_option.py::test_options_of_other_programs_are_refused"
 
 
@@ -309,22 +308,28 @@ def chosen_interfaces(asked: str, interfaces: Iterable[str]) -> list[str]:
     sources=["https://github.com/hpcaitech/ColossalAI/issues/4343"],
 )
 def several_ranks_each_train_alone(facts: Facts) -> Iterable[Finding]:
-    """Several ranks were started, and this version trains in one process.
+    """Several processes were started, and each of them takes itself for the only one.
 
-    Why: Each rank would train the whole run by itself and write into the same directory.
+    Why: srun and mpirun number their processes in variables of their own. Without RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT every process trains the whole run by itself and writes into the same directory.
 
-    Fix: Start without a launcher: zhibei train RUN. The global batch does not depend on the number of cards.
+    Fix: Start with zhibei launch, one task on each node: srun --ntasks-per-node=1 zhibei launch --nodes N RUN.
+    zhibei launch --write slurm writes the whole file.
 
-    启动了多个进程，而这一版本只在单个进程中训练。
+    启动了多个进程，而每个进程都以为只有自己。
 
-    为何：每个进程都会独自训练整个运行，并写进同一目录。
+    为何：srun 与 mpirun 用各自的变量给进程编号。没有 RANK、WORLD_SIZE、LOCAL_RANK、MASTER_ADDR 与 MASTER_PORT 时，
+    每个进程都会独自训练整个运行，并写进同一目录。
 
-    办法：不用启动器，直接 zhibei train RUN。全局批大小与卡数无关。
+    办法：用 zhibei launch 启动，每个节点一个任务：srun --ntasks-per-node=1 zhibei launch --nodes N RUN。
+    zhibei launch --write slurm 可写出完整的脚本。
     """
-    launch = facts.environment.launch
-    if facts.resolved is not None and launch.world_size > 1 and not facts.machine.is_described:
+    environment, launch = facts.environment, facts.environment.launch
+    if facts.resolved is None or facts.machine.is_described or launch.world_size < 2:
+        return
+    if launch.launcher in ("mpirun", "srun") and "WORLD_SIZE" not in environment.variables:
         yield Finding(
-            what=f"{launch.world_size} ranks were started ({launch.launcher or 'WORLD_SIZE is set'})",
+            what=f"{launch.world_size} processes were started by {launch.launcher}, and WORLD_SIZE is not set",
             where="environment variable WORLD_SIZE",
-            to_do="start one process: zhibei train RUN (unset WORLD_SIZE and RANK if they are left over)",
+            to_do="start one task on each node, and in it: zhibei launch (zhibei launch --write slurm writes the file)",
         )

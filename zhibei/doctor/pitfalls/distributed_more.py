@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from zhibei.doctor.pitfall import pitfall
-from zhibei.doctor.pitfalls.distributed import NO_OPTION, ONE_PROCESS
+from zhibei.doctor.pitfalls.distributed import NO_OPTION
+
+SEVERAL_RANKS = "tests/train/test_ranks.py::test_several_ranks_train_what_one_rank_trains"
+SEVERAL_RUNS = "tests/train/test_rank_runs.py::test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them"
+WAITS_AT_STORE = "tests/model/test_meeting.py::test_the_others_wait_for_rank_0_longer_than_any_operation_may_take"
 
 
 @pitfall(
@@ -102,8 +106,8 @@ def fsdp_layer_class_name_case() -> None:
     "distributed",
     cost="launch",
     kind="construction",
-    because="Nothing is flattened into shared buffers: this version trains in one process.",
-    proof=[ONE_PROCESS],
+    because="FSDP 2 divides each weight by itself, so that one unit may hold several dtypes (adapters on a bf16 base).",
+    proof=[SEVERAL_RANKS],
     errors=[r"Must flatten tensors with (?:uniform|the same) (?:dtype|`?requires_grad)"],
     sources=[
         "https://github.com/huggingface/trl/issues/1723",
@@ -138,8 +142,9 @@ def fsdp_mixed_dtype_flatten() -> None:
     "distributed",
     cost="launch",
     kind="construction",
-    because="Rows are prepared before anything else and by one process; no rank waits at a barrier meanwhile.",
-    proof=[ONE_PROCESS],
+    because="While rank 0 checks, prepares rows and rehearses, the others wait at a store and in no operation, as long "
+    "as rank 0 lives. Afterwards every rank reads the rows from the cache.",
+    proof=[WAITS_AT_STORE],
     errors=[
         r"Watchdog caught collective operation timeout",
         r"NCCL operations have failed or timed out",
@@ -204,8 +209,8 @@ def unsloth_multi_gpu_torchrun() -> None:
     "distributed",
     cost="hours",
     kind="construction",
-    because="Parameters are never sharded while text is generated: this version trains in one process.",
-    proof=[ONE_PROCESS, NO_OPTION],
+    because="Layers are put together on every rank before anything is sampled (model/ranks.py, held_whole).",
+    proof=[SEVERAL_RUNS, NO_OPTION],
     errors=[
         r"synced_gpus.{0,80}(?:hang|stuck|must|required|deadlock)",
         r"generat\w+.{0,80}(?:hang|stuck|deadlock).{0,60}(?:zero|fsdp|deepspeed)",
@@ -241,8 +246,8 @@ def zero3_generate_unsynced_deadlock() -> None:
     "distributed",
     cost="launch",
     kind="construction",
-    because="No weight is ever partitioned when the vocabulary is compared with the embedding.",
-    proof=[ONE_PROCESS],
+    because="The vocabulary is compared with the embedding before any weight is divided, and nothing is resized.",
+    proof=[SEVERAL_RUNS],
     errors=[
         r"shape '?\[-1, 0\]'? is invalid for input of size",
         r"'weight' must be 2-D",
