@@ -56,7 +56,7 @@ def test_a_resumed_run_has_the_rewards_it_would_have_had(stage: str, method: str
     with pytest.raises(Interruption):
         train(cut, watch=gone)
     run_dir = RunDir(tmp_path / "runs" / "cut")
-    assert set(iterations(run_dir)) == {1, 2}
+    assert {1, 2} <= set(iterations(run_dir)), "a checkpoint counts when it is written, which may be a step later"
     train(cut, resume=run_dir)
     assert iterations(run_dir) == iterations(whole)
     one, other = (load_for_inference(str(folder.path)) for folder in (whole, run_dir))
@@ -294,8 +294,10 @@ def test_supervised_rows_add_their_weighted_mean_loss(tmp_path: Path) -> None:
     supervised = tmp_path / "ptx.json"
     supervised.write_text(json.dumps([{"instruction": f"Add {i}.", "output": f"It is {i}."} for i in range(20)]))
     parts = gather_policy(small_policy(tmp_path, "ppo", f"ppo.ptx_sources=[{supervised}]", "ppo.ptx_coefficient=0.5"))
-    assert gather_policy(run).ptx_passes(0, weight=4.0) == []
-    passes = parts.ptx_passes(0, weight=0.5 * 96)
+    assert parts.ptx is not None
+    answers = [dataclasses.replace(batch, num_units=48) for batch in parts.ptx.micro_batches(1)[:1] * 2]
+    assert gather_policy(run).ptx_passes(0, answers, coefficient=0.5) == []
+    passes = parts.ptx_passes(0, answers, coefficient=0.5)
     assert sum(batch.num_units for batch in passes) == 0
     assert {number for batch in passes for number in batch.row_numbers} != set()
     plain = parts.ptx.micro_batches(0) if parts.ptx else []

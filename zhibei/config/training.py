@@ -65,6 +65,9 @@ class TrainingSection(Section):
     """Steps between checkpoints; by default as often as evaluations; 0 only at the end."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept, besides the best one."""
+    save_in_background: bool | Literal["auto"] = "auto"
+    """Train on while a checkpoint is written; it takes a copy in host memory of what is saved. auto: where that is at
+    most half of the free memory."""
     keep_best: bool = True
     """Write the model of the best held-out evaluation as the final model."""
 

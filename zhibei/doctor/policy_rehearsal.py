@@ -122,16 +122,19 @@ def longest_prompts(tried: Tried) -> Seen:
 
 def iteration(tried: Tried) -> Seen:
     """Answers, scores and two minibatches by the run's own loop, with its probes before and after; and a checkpoint."""
+    from zhibei.model.ranks import current
     from zhibei.train.policy_run import PolicyRun, begin, panel_of
     from zhibei.train.policy_state import first_state
     from zhibei.train.record import Recorder
+    from zhibei.train.saving import Saver
 
     parts = tried.parts
     tried.before = role_sums(parts)
     progress = _opened(tried)
-    with _metrics(tried) as metrics:
+    run_dir = RunDir(tried.folder)
+    with _metrics(tried) as metrics, Saver(run_dir.checkpoints, current()) as saver:
         recorder = Recorder(metrics, tried.records.append, parts.materials.device)
-        tried.going = PolicyRun(parts, RunDir(tried.folder), progress, first_state(parts), recorder, panel_of(parts))
+        tried.going = PolicyRun(parts, run_dir, progress, first_state(parts), recorder, panel_of(parts), saver)
         begin(tried.going)
         _loop_of(parts.run.stage)(tried.going)
     seen = tried.iteration

@@ -1,4 +1,5 @@
-"""Tensors that ranks hold in parts, as whole ones for files: gathered one at a time, cut again when read back.
+"""Tensors that ranks hold in parts, for files: each rank's share of a checkpoint, the rows of it that a rank reads, and
+whole ones (for models that others load), gathered one at a time.
 
 Knows parts and files, not what a tensor means. Values pass through host memory; no GPU memory is needed.
 """
@@ -6,7 +7,7 @@ Knows parts and files, not what a tensor means. Values pass through host memory;
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from zhibei.config.errors import UserError
 from zhibei.model.ranks import Ranks, own_part
 from zhibei.model.sharding import rows_held
+from zhibei.store.parts import Part, StoredTensors
 from zhibei.store.shards import LazyTensor, Writable
 
 
@@ -53,24 +55,50 @@ def gather(part: torch.Tensor, like: DTensor, dtype: torch.dtype) -> torch.Tenso
     return torch.cat(held)[: like.shape[0]] if held is not None else torch.empty(0, dtype=dtype)
 
 
-def own_parts(stored: Mapping[str, torch.Tensor], divided: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Of tensors that were written whole, what this rank holds; names as for `as_whole`."""
-    if not any(isinstance(parameter, DTensor) for parameter in divided.values()):
-        return stored
-    found = {}
-    for key in stored:
-        value, like = stored[key], divided.get(key.split("::")[0])
-        is_divided = like is not None and value.ndim and value.shape == like.shape
-        found[key] = own_rows(value, like) if is_divided and like is not None else value
+def share_of(
+    tensors: Mapping[str, torch.Tensor], divided: Mapping[str, torch.Tensor], ranks: Ranks
+) -> dict[str, Writable | Part]:
+    """What this rank writes of tensors that all ranks write together; names as for `as_whole`.
+
+    Of a divided tensor each rank writes its rows, or where there are copies of them (hybrid) the first that has them.
+    What every rank holds whole is written by rank 0.
+    """
+    found: dict[str, Writable | Part] = {}
+    for key, tensor in tensors.items():
+        like = divided.get(key.split("::")[0])
+        part = own_part(tensor)
+        if isinstance(like, DTensor) and part.ndim and part.shape == own_part(like).shape:
+            start, stop = rows_held(like)
+            if start < stop and holds_first_copy(like):
+                found[key] = Part(part, start, like.shape[0])
+        elif ranks.is_first:
+            found[key] = tensor
     return found
 
 
-def own_rows(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a whole tensor that was read."""
-    if not isinstance(like, DTensor):
-        return value
-    start, stop = rows_held(like)
-    return value[start:stop]
+def holds_first_copy(divided: DTensor) -> bool:
+    """Whether this rank is in the first row of the mesh; the other rows hold the same parts once more."""
+    mesh = divided.device_mesh
+    return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+
+
+class OwnParts(Mapping[str, torch.Tensor]):
+    """Of tensors in files, what this rank holds; nothing else of them is read. Names as for `as_whole`."""
+
+    def __init__(self, stored: StoredTensors, divided: Mapping[str, torch.Tensor]) -> None:
+        self._stored, self._divided = stored, divided
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        like = self._divided.get(name.split("::")[0])
+        if isinstance(like, DTensor) and like.ndim and self._stored.shape(name) == tuple(like.shape):
+            return self._stored.rows(name, *rows_held(like))
+        return self._stored[name]
 
 
 def written_by_first(

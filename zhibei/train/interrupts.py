@@ -23,11 +23,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.name is not None
 
-    def agree(self) -> None:
-        """Let every rank know of a signal that any of them got; all stop after the same step."""
+    def agree(self, number: float = 0.0) -> float:
+        """Let every rank know of a signal that any of them got; all stop after the same step.
+
+        In the same message the ranks add up `number`; returns the sum.
+        """
         ranks = current()
-        if ranks.are_several and ranks.sum_on_host(float(self.name is not None))[0]:
+        asked, total = ranks.sum_on_host(float(self.name is not None), number)
+        if ranks.are_several and asked:
             self.name = next(name for name in ranks.gathered(self.name) if name is not None)
+        return total
 
 
 @contextmanager

@@ -8,13 +8,15 @@ may answer with an alarm.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from zhibei.config.errors import RunInterrupted, UserError
 from zhibei.config.resolve import ResolvedRun
+from zhibei.config.run import RunFile
 from zhibei.data.prepared import PreparedSet
 from zhibei.model.device import choose_device
 from zhibei.model.ranks import current, met
@@ -29,10 +31,11 @@ from zhibei.train.cadence import Cadence, looks_after
 from zhibei.train.finish import finish
 from zhibei.train.interrupts import stop_requests
 from zhibei.train.materials import Materials, gather
-from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
+from zhibei.train.opening import describe, open_again, open_new
 from zhibei.train.record import Recorder, Watch, ignore, with_waits
-from zhibei.train.resume import Progress, save
+from zhibei.train.resume import Progress, share
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
+from zhibei.train.saving import Saver
 from zhibei.train.schedule import learning_rate
 from zhibei.train.step import NonFiniteStep, StepRecord
 
@@ -127,13 +130,15 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
     if progress.step == 0:
         task.probe(materials)
         evaluate(materials, run_dir, progress, recorder, panel)
-    with stop_requests() as stop:
+    with stop_requests() as stop, Saver(run_dir.checkpoints, current(), background=section.save_in_background) as saver:
+        settle = partial(conclude_save, saver, run, run_dir, recorder)
         for data_seconds, (step, micro_batches) in with_waits(batches.steps(progress.step)):
             started = time.monotonic()
             rate = learning_rate(step, section=section, peak=peak, num_steps=batches.num_steps)
             try:
                 record = stepper.step(task.before_step(materials.model, micro_batches), learning_rate=rate)
             except NonFiniteStep as problem:
+                settle()
                 raise stopped(problem, materials, run_dir, progress, recorder) from None
             seconds = time.monotonic() - started
             progress.step = step + 1
@@ -154,7 +159,8 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
                 )
             if looks_after(progress.step):
                 recorder.write("look", progress.step, **stepper.look(), **disk(materials, run_dir))
-            stop.agree()
+            if stop.agree(saver.is_writing) == 0:
+                settle()
             is_best = False
             if cadence.evaluates_after(progress.step):
                 is_best = evaluate(materials, run_dir, progress, recorder, panel)
@@ -166,9 +172,12 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
                 try:
                     stepper.require_finite_weights(micro_batches)
                 except NonFiniteStep as problem:
+                    settle()
                     raise stopped(problem, materials, run_dir, progress, recorder) from None
-                checkpoint(materials, run_dir, progress, recorder)
+                may_go_on = not stop and halt is None and progress.step < batches.num_steps
+                checkpoint(materials, run_dir, progress, recorder, saver, may_go_on=may_go_on)
             if halt is not None:
+                settle()
                 say([halt], recorder, step=progress.step)
                 raise stopped_by(halt, run_dir, step=progress.step, newest=newest_step(run_dir))
             if stop:
@@ -178,6 +187,7 @@ def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Re
             if patience is not None and progress.evaluations_without_gain >= patience:
                 recorder.event(progress.step, "early stop", f"no better held-out loss in {patience} evaluations")
                 break
+        settle()
 
 
 def evaluate(
@@ -205,27 +215,43 @@ def evaluate(
     return is_best and progress.step > 0
 
 
-def checkpoint(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> Path:
-    """Save everything; then drop checkpoints that are neither among the newest nor the best."""
-    started = time.monotonic()
-    path = save(run_dir.checkpoints, materials.stepper, progress)
-    if not current().is_first:
-        return path
-    best = checkpoint_path(run_dir, progress.best_step)
-    prune(
-        run_dir.checkpoints,
-        keep=materials.run.training.keep_checkpoints,
-        protect=[best] if best is not None and materials.run.training.keep_best else [],
-        verified=path,
-    )
+def checkpoint(
+    materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder, saver: Saver, *, may_go_on: bool
+) -> None:
+    """Save everything; `may_go_on`: the next steps are done while it is written."""
+    settle = partial(conclude_save, saver, materials.run, run_dir, recorder)
+    settle()
+    groups, state = share(materials.stepper, progress)
+    saver.begin(progress.step, groups, state, best_step=progress.best_step, may_go_on=may_go_on)
+    if not may_go_on:
+        settle()
+
+
+def conclude_save(
+    saver: Saver, run: RunFile, run_dir: RunDir, recorder: Recorder, *, protect: Collection[Path] = ()
+) -> None:
+    """Make what was begun a checkpoint; then drop those that are neither among the newest nor the best when it began,
+    nor protected. Raises UserError when it could not be written; the older ones are untouched."""
+    step = saver.step
+    try:
+        saved = saver.settle()
+    except UserError as problem:
+        recorder.event(step or 0, "save failed", problem.what)
+        raise
+    if saved is None or not current().is_first:
+        return
+    section = run.training
+    best = [run_dir.checkpoint(saved.best_step)] if saved.best_step is not None and section.keep_best else []
+    prune(run_dir.checkpoints, keep=section.keep_checkpoints, protect=[*best, *protect], verified=saved.path)
     recorder.event(
-        progress.step,
+        saved.step,
         "saved",
-        path.name,
-        seconds=round(time.monotonic() - started, 3),
-        bytes=sum(file.stat().st_size for file in path.iterdir()),
+        saved.path.name,
+        seconds=round(saved.seconds, 3),
+        waited_seconds=round(saved.waited_seconds, 3),
+        bytes=saved.num_bytes,
+        in_background=saved.in_background,
     )
-    return path
 
 
 def count_skipped(progress: Progress, record: StepRecord) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = (
     "micro_batch_tokens", "evaluate_every", "evaluate_rows", "early_stop_patience", "save_every", "keep_checkpoints",
-    "keep_best", "sample_prompts", "sample_tokens", "rollout_batch", "reward_seconds",
+    "keep_best", "save_in_background", "sample_prompts", "sample_tokens", "rollout_batch", "reward_seconds",
     "vllm_memory_share",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,24 +14,35 @@ from zhibei.config.run import RunFile
 from zhibei.data.prepared import PreparedSet
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.rewards import RewardFailed
-from zhibei.store.checkpoint import check_checkpoint, list_steps, prune
+from zhibei.model.device import choose_device
+from zhibei.model.ranks import current, met
+from zhibei.store.checkpoint import check_checkpoint, list_steps
 from zhibei.store.locks import hold_lock
 from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.alarms import Alarm, asks_for_save, say, stopped_by, stopping
-from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
+from zhibei.train.beginning import run_dir_of
 from zhibei.train.cadence import Cadence, looks_after
 from zhibei.train.collect import Collected, answers_to, scored
 from zhibei.train.finish import finish
 from zhibei.train.health import deviation, mean
 from zhibei.train.interrupts import StopRequest
-from zhibei.train.offline import disk, interrupted, newest_step, stopped
-from zhibei.train.opening import checkpoint_path, describe, open_again, open_new
+from zhibei.train.offline import (
+    LOCK,
+    conclude_save,
+    disk,
+    interrupted,
+    newest_step,
+    opened,
+    require_new,
+    stopped,
+)
 from zhibei.train.policy_materials import PolicyMaterials, gather_policy
-from zhibei.train.policy_state import PolicyState, first_state, put_back, restore_rest, save
+from zhibei.train.policy_state import PolicyState, first_state, put_back, restore_rest, share
 from zhibei.train.record import Recorder, Watch, ignore
 from zhibei.train.resume import Progress
 from zhibei.train.samples import NUM_HELDOUT_PROMPTS, Panel, make_panel, panel_path, write_panel
+from zhibei.train.saving import Saver
 from zhibei.train.schedule import learning_rate
 from zhibei.train.step import NonFiniteStep
 
@@ -49,6 +61,7 @@ class PolicyRun:
     state: PolicyState
     recorder: Recorder
     panel: Panel | None
+    saver: Saver
 
     @property
     def num_iterations(self) -> int:
@@ -80,38 +93,40 @@ def train_policy(
     Raises what `zhibei.train.offline.train` raises, and UserError when the reward fails.
     """
     run_dir = resume or run_dir_of(resolved.run)
-    if resume is None:
-        refuse_existing(run_dir)
-        require_writable(run_dir)
-    parts = gather_policy(resolved, on_rows=on_rows, on_audit=on_audit)
-    materials, run = parts.materials, parts.run
-    state, notes = first_state(parts), []
-    if resume is None:
-        progress = open_new(run_dir, materials, describe(materials))
-    else:
-        progress, notes = open_again(run_dir, materials)
-        if progress.step:
-            state = restore_rest(run_dir.checkpoint(progress.step), parts)
-    with (
-        hold_lock(run_dir.path / ".training.lock", patience_seconds=0),
-        Metrics(
-            run_dir.path,
-            tensorboard=run.log.tensorboard,
-            wandb=run.log.wandb,
-            run_name=run.name,
-            config=run.model_dump(mode="json"),
-            resume_at_step=progress.step or None,
-        ) as metrics,
-    ):
-        recorder = Recorder(metrics, watch, materials.device)
-        for note in [*notes, *materials.notes, *metrics.notes]:
-            recorder.event(progress.step, "note", note)
-        going = PolicyRun(parts, run_dir, progress, state, recorder, panel_of(parts))
+    patience = resolved.run.distributed.patience_seconds
+    with met(choose_device(resolved.run.device), patience_seconds=patience) as ranks, ExitStack() as held:
+        if resume is None:
+            ranks.first_does(lambda: require_new(run_dir))
+        parts = gather_policy(resolved, on_rows=on_rows, on_audit=on_audit)
+        progress, notes = opened(run_dir, parts.materials, is_new=resume is None)
+        state = restore_rest(run_dir.checkpoint(progress.step), parts) if progress.step else first_state(parts)
+        ranks.first_does(lambda: held.enter_context(hold_lock(run_dir.path / LOCK, patience_seconds=0)))
+        recorder = Recorder(None, ignore, parts.materials.device)
+        if ranks.is_first:
+            metrics = held.enter_context(metrics_of(run_dir, parts.run, progress))
+            recorder = Recorder(metrics, watch, parts.materials.device)
+            for note in [*notes, *parts.materials.notes, *metrics.notes]:
+                recorder.event(progress.step, "note", note)
+        saver = held.enter_context(Saver(run_dir.checkpoints, ranks, background=parts.section.save_in_background))
+        going = PolicyRun(parts, run_dir, progress, state, recorder, panel_of(parts), saver)
         begin(going)
         loop(going)
+        conclude(going)
         require_learning(going)
-        finish(materials, run_dir, progress, recorder)
+        finish(parts.materials, run_dir, progress, recorder)
     return run_dir
+
+
+def metrics_of(run_dir: RunDir, run: RunFile, progress: Progress) -> Metrics:
+    """The metrics file and what is written beside it."""
+    return Metrics(
+        run_dir.path,
+        tensorboard=run.log.tensorboard,
+        wandb=run.log.wandb,
+        run_name=run.name,
+        config=run.model_dump(mode="json"),
+        resume_at_step=progress.step or None,
+    )
 
 
 def require_learning(going: PolicyRun) -> None:
@@ -217,6 +232,8 @@ def attend(going: PolicyRun, stop: StopRequest) -> bool:
     """
     parts, progress, recorder = going.parts, going.progress, going.recorder
     section, stepper = parts.section, parts.materials.stepper
+    if stop.agree(going.saver.is_writing) == 0:
+        conclude(going)
     cadence = Cadence(section.evaluate_every or 0, section.save_every or 0, going.num_iterations)
     if looks_after(progress.step):
         recorder.write("look", progress.step, **stepper.look(), **disk(parts.materials, going.run_dir))
@@ -226,8 +243,9 @@ def attend(going: PolicyRun, stop: StopRequest) -> bool:
     say([alarm for alarm in alarms if alarm is not halt], recorder, step=progress.step)
     wants_save = cadence.saves_after(progress.step) or (is_best and section.keep_best) or stop
     if asks_for_save(alarms) or (wants_save and (halt is None or halt.is_worth_saving)):
-        checkpoint(going)
+        checkpoint(going, may_go_on=not stop and halt is None and not going.is_done)
     if halt is not None:
+        conclude(going)
         say([halt], recorder, step=progress.step)
         raise stopped_by(halt, going.run_dir, step=progress.step, newest=newest_step(going.run_dir))
     for alarm in alarms:
@@ -250,9 +268,8 @@ def wants_roll_back(run: RunFile) -> bool:
 
 def roll_back(going: PolicyRun, alarm: Alarm) -> None:
     """Go on from the last checkpoint that was still healthy. Raises RunStopped when there is none, or too often."""
-    good = alarm.good_until if alarm.good_until is not None else 0
-    older = [path for step, path in list_steps(going.run_dir.checkpoints) if step <= good]
-    sound = next((path for path in reversed(older) if not check_checkpoint(path)), None)
+    conclude(going)
+    sound = sound_before(going.run_dir, alarm.good_until if alarm.good_until is not None else 0)
     if sound is None or going.state.roll_backs >= MOST_ROLL_BACKS:
         why = "nothing is saved from before it" if sound is None else f"it came back after {MOST_ROLL_BACKS} roll-backs"
         halt = replace(alarm, action="stop", what=f"{alarm.what}; {why}")
@@ -268,8 +285,19 @@ def roll_back(going: PolicyRun, alarm: Alarm) -> None:
     )
 
 
-def checkpoint(going: PolicyRun) -> Path:
-    """Save everything once the weights are known to be finite; then drop checkpoints that nothing needs."""
+def sound_before(run_dir: RunDir, step: int) -> Path | None:
+    """The newest sound checkpoint up to this step, as rank 0 finds it."""
+
+    def look() -> str | None:
+        older = [path for saved, path in list_steps(run_dir.checkpoints) if saved <= step]
+        return next((str(path) for path in reversed(older) if not check_checkpoint(path)), None)
+
+    found = current().first_does(look)
+    return None if found is None else Path(found)
+
+
+def checkpoint(going: PolicyRun, *, may_go_on: bool = False) -> None:
+    """Save everything once the weights are known to be finite; `may_go_on`: the next answers are written meanwhile."""
     parts, progress = going.parts, going.progress
     for stepper in (parts.materials.stepper, parts.critic):
         if stepper is not None:
@@ -277,28 +305,25 @@ def checkpoint(going: PolicyRun) -> Path:
                 stepper.require_finite_weights([])
             except NonFiniteStep as problem:
                 raise bad_step(problem, going) from None
-    started = time.monotonic()
-    path = save(going.run_dir.checkpoints, parts, progress, going.state)
-    best = checkpoint_path(going.run_dir, progress.best_step)
-    protected = [best] if best is not None and parts.section.keep_best else []
-    if wants_roll_back(parts.run):
-        # An alarm knows its beginning only some iterations later; until then the oldest one may be needed.
-        saved = list_steps(going.run_dir.checkpoints)
-        protected += [path for step, path in saved if step <= progress.step - ALARM_DELAY][-2:] or [saved[0][1]]
-    prune(
-        going.run_dir.checkpoints,
-        keep=parts.section.keep_checkpoints,
-        protect=protected,
-        verified=path,
-    )
-    going.recorder.event(
-        progress.step,
-        "saved",
-        path.name,
-        seconds=round(time.monotonic() - started, 3),
-        bytes=sum(file.stat().st_size for file in path.iterdir()),
-    )
-    return path
+    conclude(going)
+    groups, state = share(parts, progress, going.state)
+    going.saver.begin(progress.step, groups, state, best_step=progress.best_step, may_go_on=may_go_on)
+    if not may_go_on:
+        conclude(going)
+
+
+def conclude(going: PolicyRun) -> None:
+    """Make what was begun a checkpoint; then drop those that nothing needs."""
+    conclude_save(going.saver, going.parts.run, going.run_dir, going.recorder, protect=for_roll_back(going))
+
+
+def for_roll_back(going: PolicyRun) -> list[Path]:
+    """An alarm knows its beginning only some iterations later; until then the oldest checkpoint may be needed."""
+    saved = list_steps(going.run_dir.checkpoints)
+    if not saved or not wants_roll_back(going.parts.run):
+        return []
+    old_enough = [path for step, path in saved if step <= going.progress.step - ALARM_DELAY]
+    return old_enough[-2:] or [saved[0][1]]
 
 
 def stopped_for_reward(going: PolicyRun, problem: RewardFailed) -> UserError:
@@ -306,6 +331,7 @@ def stopped_for_reward(going: PolicyRun, problem: RewardFailed) -> UserError:
     step = going.progress.step
     if step == 0:
         return problem
+    conclude(going)
     if newest_step(going.run_dir) != step or going.state.owes_evaluation:
         checkpoint(going)
     going.recorder.event(step, "stopped", problem.what)
@@ -319,6 +345,7 @@ def stopped_for_reward(going: PolicyRun, problem: RewardFailed) -> UserError:
 
 def bad_step(problem: NonFiniteStep, going: PolicyRun, collected: Collected | None = None) -> NonFiniteStep:
     """The stop with the ids of the prompts instead of the numbers of answers."""
+    conclude(going)
     if collected is not None:
         problem.row_numbers = sorted({collected.prompt_numbers[number] for number in problem.row_numbers})
     return stopped(problem, going.parts.materials, going.run_dir, going.progress, going.recorder)

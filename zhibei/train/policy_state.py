@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zhibei.config.errors import UserError
 from zhibei.config.policy import PpoSection
 from zhibei.losses.policy import KlController
-from zhibei.store.checkpoint import load_checkpoint, save_checkpoint
+from zhibei.model.across import OwnParts, share_of
+from zhibei.model.ranks import own_part
+from zhibei.store.checkpoint import load_checkpoint
+from zhibei.store.checkpoint_files import Groups
 from zhibei.train.policy_materials import PolicyMaterials
-from zhibei.train.resume import Progress, load_weights, random_states
+from zhibei.train.resume import Progress, load_weights
+from zhibei.train.resume import share as share_of_run
 from zhibei.train.reward_shaping import RunningScale
 
 
@@ -52,21 +54,18 @@ def first_state(parts: PolicyMaterials) -> PolicyState:
     return PolicyState(KlController(getattr(section, "kl_coefficient", 0.0)))
 
 
-def save(checkpoints: Path, parts: PolicyMaterials, progress: Progress, state: PolicyState) -> Path:
-    """A checkpoint of policy, critic, both optimisers, the state and all random states."""
-    stepper = parts.materials.stepper
-    groups: dict[str, dict[str, torch.Tensor]] = {
-        "model": {name: parameter.data for name, parameter in parts.roles.policy.trainable().items()},
-        "optimizer": stepper.optimizer.tensors(),
-        "random": random_states(parts.materials.device),
+def share(parts: PolicyMaterials, progress: Progress, state: PolicyState) -> tuple[Groups, dict[str, Any]]:
+    """What this rank saves of policy, critic, both optimisers and its random states; and the plain state."""
+    groups, plain = share_of_run(parts.materials.stepper, progress)
+    plain["policy"] = state.as_dict()
+    if parts.critic is None or parts.roles.critic is None:
+        return groups, plain
+    learning, ranks = parts.roles.critic.parameters, parts.critic.ranks
+    critic: Groups = {
+        "critic": share_of({name: parameter.data for name, parameter in learning.items()}, learning, ranks),
+        "critic_optimizer": share_of(parts.critic.optimizer.tensors(), learning, ranks),
     }
-    plain: dict[str, Any] = {**asdict(progress), "stepper": stepper.state(), "policy": state.as_dict()}
-    if parts.critic is not None and parts.roles.critic is not None:
-        groups["critic"] = {name: parameter.data for name, parameter in parts.roles.critic.parameters.items()}
-        groups["critic_optimizer"] = parts.critic.optimizer.tensors()
-        plain["critic_stepper"] = parts.critic.state()
-    groups = {name: group for name, group in groups.items() if group}
-    return save_checkpoint(checkpoints, progress.step, groups=groups, state=plain)
+    return {**groups, **critic}, {**plain, "critic_stepper": parts.critic.state()}
 
 
 def put_back(path: Path, parts: PolicyMaterials, state: PolicyState) -> None:
@@ -77,7 +76,8 @@ def put_back(path: Path, parts: PolicyMaterials, state: PolicyState) -> None:
     groups, plain = load_checkpoint(path)
     stepper = parts.materials.stepper
     load_weights(parts.roles.policy, groups["model"], where=path)
-    stepper.optimizer.load(groups.get("optimizer", {}))
+    if "optimizer" in groups:
+        stepper.optimizer.load(OwnParts(groups["optimizer"], stepper.parameters))
     stepper.load_state(plain["stepper"])
     restore_rest(path, parts)
     state.roll_backs += 1
@@ -98,8 +98,8 @@ def restore_rest(path: Path, parts: PolicyMaterials) -> PolicyState:
             fix="resume with the run file the run was started with",
             where=str(path),
         )
-    if parts.critic is not None and parts.roles.critic is not None:
-        own = parts.roles.critic.parameters
+    if parts.critic is not None:
+        own = parts.critic.parameters
         if set(groups["critic"]) != set(own):
             raise UserError(
                 f"the critic of {path} is another one",
@@ -107,8 +107,10 @@ def restore_rest(path: Path, parts: PolicyMaterials) -> PolicyState:
                 fix="resume with the run file the run was started with",
                 where=str(path),
             )
+        weights = OwnParts(groups["critic"], own)
         for name, parameter in own.items():
-            parameter.data.copy_(groups["critic"][name])
-        parts.critic.optimizer.load(groups.get("critic_optimizer", {}))
+            own_part(parameter.data).copy_(weights[name])
+        if "critic_optimizer" in groups:
+            parts.critic.optimizer.load(OwnParts(groups["critic_optimizer"], own))
         parts.critic.load_state(plain["critic_stepper"])
     return PolicyState.from_dict(plain["policy"])

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.model.across import as_whole, own_parts, own_rows, written_by_first
+from zhibei.model.across import OwnParts, share_of
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.ranks import Ranks, own_part
-from zhibei.store.checkpoint import load_checkpoint, save_checkpoint
-from zhibei.store.shards import Writable
+from zhibei.store.checkpoint import load_checkpoint
+from zhibei.store.checkpoint_files import Groups
+from zhibei.store.parts import StoredTensors
+from zhibei.train.saving import Saver
 from zhibei.train.step import Stepper
 
 
@@ -36,25 +38,27 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(checkpoints: Path, stepper: Stepper, progress: Progress) -> Path:
-    """Write a checkpoint of the trainable weights, the optimiser and all random states; whole, whatever the ranks, so
-    that another number of them can go on from it."""
+def share(stepper: Stepper, progress: Progress) -> tuple[Groups, dict[str, Any]]:
+    """What this rank saves: its part of the weights that learn and of the optimiser, its random states; and the plain
+    state (which rank 0 writes). Any number of ranks, and another sharding, can go on from it."""
     model, ranks = stepper.model, stepper.ranks
     learning = model.trainable()
-    groups: dict[str, Mapping[str, Writable]] = {
-        "model": as_whole({name: parameter.data for name, parameter in learning.items()}, learning),
-        "optimizer": as_whole(stepper.optimizer.tensors(), learning),
-        "random": random_states_of_all(model.device, ranks),
+    groups: Groups = {
+        "model": share_of({name: parameter.data for name, parameter in learning.items()}, learning, ranks),
+        "optimizer": share_of(stepper.optimizer.tensors(), learning, ranks),
+        "random": random_states_of(model.device, ranks),
     }
-    state = {**asdict(progress), "stepper": stepper.state()}
-    flat = {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+    return groups, {**asdict(progress), "stepper": stepper.state()}
 
-    def write(tensors: Mapping[str, Writable]) -> str:
-        parts = {group: {name: tensors[f"{group}/{name}"] for name in names} for group, names in groups.items()}
-        whole = {group: named for group, named in parts.items() if named}
-        return str(save_checkpoint(checkpoints, progress.step, groups=whole, state=state))
 
-    return Path(written_by_first(ranks, flat, write))
+def save(checkpoints: Path, stepper: Stepper, progress: Progress) -> Path:
+    """Write a checkpoint at once; when this returns, it is on disk on every rank."""
+    with Saver(checkpoints, stepper.ranks) as saver:
+        groups, state = share(stepper, progress)
+        saver.begin(progress.step, groups, state)
+        saved = saver.settle()
+    assert saved is not None
+    return saved.path
 
 
 def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
@@ -68,14 +72,16 @@ def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
             where=str(path),
         )
     load_weights(stepper.model, groups["model"], where=path)
-    stepper.optimizer.load(own_parts(groups.get("optimizer", {}), stepper.model.trainable()))
+    if "optimizer" in groups:
+        stepper.optimizer.load(OwnParts(groups["optimizer"], stepper.parameters))
     set_random_states(of_rank(groups["random"], stepper.ranks), stepper.model.device)
     stepper.load_state(state["stepper"])
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
 
 
-def load_weights(model: LanguageModel, tensors: Mapping[str, torch.Tensor], *, where: Path) -> None:
-    """Copy the trainable weights of a checkpoint into the model; all of them and no others."""
+def load_weights(model: LanguageModel, tensors: StoredTensors, *, where: Path) -> None:
+    """Copy the trainable weights of a checkpoint into the model; all of them and no others. Only what this rank holds
+    is read."""
     parameters = model.trainable()
     if set(tensors) != set(parameters):
         differing = sorted(set(tensors) ^ set(parameters))
@@ -85,29 +91,22 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, torch.Tensor], *, w
             fix="resume with the run file the run was started with",
             where=str(where),
         )
+    own = OwnParts(tensors, parameters)
     for name, parameter in parameters.items():
-        value = tensors[name]
-        if value.shape != parameter.shape:
+        if tensors.shape(name) != tuple(parameter.shape):
             raise UserError(
-                f"{name} has shape {tuple(value.shape)} in the checkpoint, {tuple(parameter.shape)} in the model",
+                f"{name} has shape {tensors.shape(name)} in the checkpoint, {tuple(parameter.shape)} in the model",
                 expected="a checkpoint of the same model",
                 fix="resume with the run file the run was started with",
                 where=str(where),
             )
-        own_part(parameter.data).copy_(own_rows(value, parameter))
+        own_part(parameter.data).copy_(own[name])
 
 
-def random_states_of_all(device: torch.device, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The generator states of every rank; those of rank 0 under the names that one process alone gives them."""
-    own = random_states(device)
-    if not ranks.are_several:
-        return own
-    told = ranks.gathered({name: state.tolist() for name, state in own.items()})
-    return {
-        name if rank == 0 else f"{name}.{rank}": torch.tensor(state, dtype=torch.uint8)
-        for rank, states in enumerate(told)
-        for name, state in states.items()
-    }
+def random_states_of(device: torch.device, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """This rank's generator states; rank 0 gives them the names that one process alone does."""
+    ending = f".{ranks.rank}" if ranks.rank else ""
+    return {name + ending: state for name, state in random_states(device).items()}
 
 
 def of_rank(states: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:

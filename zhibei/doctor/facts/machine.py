@@ -20,10 +20,9 @@ from zhibei.doctor.facts.torch_build import TorchBuild, read_torch_build
 from zhibei.plan.cards import known_card
 from zhibei.plan.described import machine_from
 from zhibei.plan.machines import Gpu, Machine, gpu_of, parse_machine
+from zhibei.store.host_memory import read_memory
 
 GIB = 2**30
-# cgroup v1 says "no limit" with a number near 2^63.
-NO_LIMIT_BYTES = 2**60
 GPU_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap", "memory.reserved")
 FEW_FIELDS = GPU_FIELDS[:5]  # old drivers know neither compute_cap nor memory.reserved
 
@@ -152,51 +151,6 @@ def link_of(matrix: str) -> Literal["nvlink", "pcie"]:
     """From the table of `nvidia-smi topo -m`: NV12 between two cards is NVLink."""
     rows = [line.split() for line in matrix.splitlines() if line.startswith("GPU")]
     return "nvlink" if any(re.fullmatch(r"NV\d+", cell) for row in rows for cell in row) else "pcie"
-
-
-def read_memory(root: Path = Path("/")) -> tuple[float, float]:
-    """(all, free for a new process) of the host in GiB, within the container's limit."""
-    info = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_quietly(root / "proc" / "meminfo"), re.MULTILINE))
-    if not info:
-        return _memory_without_proc()
-    total, free = int(info["MemTotal"]) * 1024, int(info.get("MemAvailable", info["MemFree"])) * 1024
-    for limit, used in cgroup_limits(root):
-        total, free = min(total, limit), min(free, max(0, limit - used))
-    return round(total / GIB, 2), round(free / GIB, 2)
-
-
-def _memory_without_proc() -> tuple[float, float]:
-    """macOS says how much there is; that half of it is free is a guess on the careful side."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    except (ValueError, OSError):
-        return 0.0, 0.0
-    return round(total, 2), round(total / 2, 2)
-
-
-def cgroup_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
-    """(limit, bytes in use that cannot be dropped) of every memory group around this process, v1 and v2."""
-    found: list[tuple[int, int]] = []
-    for line in read_quietly(root / "proc" / "self" / "cgroup").splitlines():
-        number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if number == "0" and not controllers:
-            base, names = root / "sys" / "fs" / "cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys" / "fs" / "cgroup" / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # Inside a container the path is the host's and the group itself is mounted at the base.
-        inner = base / path.strip("/")
-        for folder in (inner, *inner.parents):
-            if folder != base and base not in folder.parents:
-                break
-            limit = read_quietly(folder / names[0]).strip()
-            if limit.isdigit() and int(limit) < NO_LIMIT_BYTES:
-                used = int(read_quietly(folder / names[1]).strip() or 0)
-                droppable = re.search(rf"^{names[2]} (\d+)$", read_quietly(folder / "memory.stat"), re.MULTILINE)
-                found.append((int(limit), max(0, used - (int(droppable[1]) if droppable else 0))))
-    return found
 
 
 def read_cores(root: Path = Path("/")) -> int:
