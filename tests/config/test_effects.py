@@ -105,6 +105,10 @@ CASES = [
     ),
     ("dpo.gamma", ["stage=dpo", "dpo.gamma=2"], ["stage=dpo", "dpo.loss=simpo", "dpo.gamma=2"]),
     ("dpo.odds_weight", ["stage=dpo", "dpo.odds_weight=1"], ["stage=dpo", "dpo.loss=orpo", "dpo.odds_weight=1"]),
+    ("hand_over", ["hand_over=[hf,meta:2,hf]"], ["hand_over=[hf,meta:2,gguf:Q8_0]"]),
+    ("hand_over", ["hand_over=[merged]"], ["hand_over=[merged]", "model.method=lora"]),
+    ("hand_over", ["hand_over=[gguf:Q8_0]", "stage=reward"], ["hand_over=[]", "stage=reward"]),
+    ("hand_over", ["hand_over=[gguf:IQ3_M]", "stage=grpo"], ["hand_over=[gguf:IQ4_XS]", "stage=grpo"]),
     ("dpo.bad_weight", ["stage=dpo", "dpo.bad_weight=2"], ["stage=dpo", "dpo.loss=kto", "dpo.bad_weight=2"]),
 ]
 

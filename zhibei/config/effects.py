@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zhibei.config.hand_over import HAND_OVER_RULES
 from zhibei.config.policy_rules import POLICY_RULES
 from zhibei.config.rules import Misfit, Rule, conflict, no_effect, training
 from zhibei.config.yaml_tree import KeyPath
@@ -170,6 +171,7 @@ GENERAL_RULES: list[Rule] = [
     _of_losses(("dpo",), "dpo.label_smoothing", "only dpo.loss: dpo has it"),
     _of_losses(("simpo",), "dpo.gamma", "only dpo.loss: simpo has it"),
     _of_losses(("orpo",), "dpo.odds_weight", "only dpo.loss: orpo has it"),
+    *HAND_OVER_RULES,
     _of_losses(("kto",), "dpo.good_weight dpo.bad_weight", "only dpo.loss: kto has them"),
 ]
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from zhibei.config.distributed import DistributedSection
 from zhibei.config.effects import misfits_of
+from zhibei.config.hand_over import Form
 from zhibei.config.policy import GrpoSection, PpoSection, RaftSection
 from zhibei.config.preference import DpoSection, RewardSection
 from zhibei.config.rules import PartsDoNotFit
@@ -208,6 +209,10 @@ class RunFile(Section):
     """Two real steps, a save and a reload before the run (`zhibei rehearse`). auto: on a GPU."""
     accept: list[str] = []
     """Findings of `zhibei check` that are known and wanted, by the ids it prints; they no longer stop the run."""
+    hand_over: list[Form] = []
+    """What is made of the finished model, each proved to be the same model (docs/hand-over.md): merged (of adapters),
+    hf, delta, meta (meta:2 in two files), gguf:Q8_0 and other types. What can be refused is refused before training;
+    a form that fails afterwards leaves the run as it is, and `zhibei resume` tries it again."""
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection

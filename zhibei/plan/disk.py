@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from zhibei.config.hand_over import GGUF_BITS, parts_of
 from zhibei.config.run import RunFile
 from zhibei.plan.holdings import Holdings
 from zhibei.plan.job import Job, Rows
@@ -12,6 +13,7 @@ from zhibei.plan.job import Job, Rows
 GIB = 2**30
 BYTES_PER_TOKEN = 5  # data/prepared_cache.py: int32 ids and one flag
 BYTES_PER_STEP = 700  # one record in metrics.jsonl, and its TensorBoard events
+ITEM_BYTES_OF_BASES = 2  # a base below adapters is held in 16 bits on the disk, and so is what is merged of it
 SMALL_FILES = 20 * 2**20  # tokenizer, manifest, report page, samples
 
 
@@ -41,13 +43,16 @@ def saves_of(run: RunFile, num_steps: int | None) -> Saves:
 
 @dataclass(frozen=True, slots=True)
 class DiskPlan:
-    """Bytes by file. `peak_bytes`: while a checkpoint is written beside the kept ones, or the model at the end."""
+    """Bytes by file. `peak_bytes`: while a checkpoint is written beside the kept ones, or at the end the model and
+    what is made of it."""
 
     checkpoint_bytes: float
     saves: Saves
     model_bytes: float
     cache_bytes: float
     log_bytes: float
+    handed_over_bytes: float = 0.0
+    """All forms of hand_over, and the largest temporary copy beside them."""
     files: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -62,8 +67,8 @@ class DiskPlan:
 
     @property
     def written_bytes(self) -> float:
-        """The most that checkpoints and model take at one time, in the run directory."""
-        return max(self.checkpoints_bytes, self.finishing_bytes)
+        """The most that checkpoints, model and its other forms take at one time, in the run directory."""
+        return max(self.checkpoints_bytes, self.finishing_bytes + self.handed_over_bytes)
 
     @property
     def peak_bytes(self) -> float:
@@ -74,21 +79,40 @@ class DiskPlan:
         return self.peak_bytes / GIB
 
 
-def disk_of(run: RunFile, job: Job, held: Holdings, rows: Rows, *, num_steps: int | None) -> DiskPlan:
-    """Checkpoints with weights that learn and optimiser states (train/resume.py), the finished model, logs, cache.
+def bytes_of_forms(forms: Sequence[str], *, num_parameters: int, item_bytes: int, is_merged: bool) -> float:
+    """What hand_over leaves on the disk, with the largest temporary copy: Meta's files and weight differences of
+    adapters (`is_merged`) are made from a merged model that is gone afterwards."""
+    whole = float(num_parameters * item_bytes)
+    kept = [num_parameters * GGUF_BITS[of] / 8 if kind == "gguf" else whole for kind, of in map(parts_of, forms)]
+    needs_copy = is_merged and any(parts_of(form)[0] in ("meta", "delta") for form in forms)
+    return sum(kept) + (whole if needs_copy else 0.0)
 
-    `num_steps`: None where the length of the run is not known.
+
+def disk_of(
+    run: RunFile, job: Job, held: Holdings, rows: Rows, *, num_steps: int | None, num_parameters: int
+) -> DiskPlan:
+    """Checkpoints with weights that learn and optimiser states (train/resume.py), the finished model and its other
+    forms, logs, cache.
+
+    `num_steps`: None where the length of the run is not known. `num_parameters`: of the whole model.
     """
     learned = held.adapters if job.trains_adapters else held.weights
     checkpoint = learned + held.masters + held.states
     tokens = (rows.num_rows or 0) * rows.mean_tokens
     cache, logs = tokens * BYTES_PER_TOKEN, (num_steps or 1) * BYTES_PER_STEP + SMALL_FILES
     saves = saves_of(run, num_steps)
+    forms = bytes_of_forms(
+        run.hand_over,
+        num_parameters=num_parameters,
+        item_bytes=ITEM_BYTES_OF_BASES if job.trains_adapters else job.item_bytes,
+        is_merged=job.trains_adapters,
+    )
     files = {
         "one checkpoint": checkpoint,
         "all checkpoints at most": saves.most * checkpoint,
         "finished model": learned,
+        **({"what is made of it (hand_over)": forms} if forms else {}),
         "prepared rows (cache)": cache,
         "logs and small files": logs,
     }
-    return DiskPlan(checkpoint, saves, learned, cache, logs, files)
+    return DiskPlan(checkpoint, saves, learned, cache, logs, forms, files)

@@ -197,7 +197,7 @@ def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | No
     key = job.num_passes > 1
     held = known.setdefault(key, None) or holdings_of(body_of(shape) if job.stage == "reward" else shape, job)
     known[key] = held
-    disk = disk_of(run, job, held, rows, num_steps=steps)
+    disk = disk_of(run, job, held, rows, num_steps=steps, num_parameters=shape.num_parameters)
     memory = plan_memory(shape, job, machine, held=held, disk=disk)
     speed = speed_of(shape, job, machine, tokens_per_step=section.global_batch * rows.mean_tokens)
     return Candidate(ways.micro_batch_tokens, memory, speed)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.doctor.canaries import Canaries
-from tests.doctor.healthy import broken, healthy
+from tests.doctor.healthy import CONFIG, broken, healthy
+from zhibei.config.errors import UserError
 from zhibei.doctor.facts.facts import Facts
+from zhibei.doctor.facts.hand_over import HandOverFacts
 from zhibei.doctor.facts.model import AdapterFacts
 from zhibei.doctor.pitfall import CATALOGUE
 from zhibei.doctor.pitfalls import load_catalogue
@@ -17,12 +19,19 @@ LAYER = "model.layers.0.self_attn.q_proj"
 SAME = {"base": {"fingerprint": "f" * 64, "path": "/models/llama-7b"}, "method": "lora"}
 
 
-def adapted(*overrides: str, shapes: dict[str, tuple[int, ...]] | None = None, **facts: Any) -> Facts:
+def adapted(
+    *overrides: str,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    hand_over: HandOverFacts | None = None,
+    **facts: Any,
+) -> Facts:
     """A run that continues an adapter, on a model whose first layer's sizes are known."""
     tensors = {f"base_model.model.{name}": ("F32", shape) for name, shape in (shapes or {}).items()}
     values = {"config": {"base_model_name_or_path": "/models/llama-7b"}, "tensors": tensors, **facts}
     adapter = AdapterFacts(Path("/runs/other/model"), **values)
-    sound = healthy("model.method=lora", "lora.adapter=/runs/other/model", *overrides, adapter=adapter)
+    sound = healthy(
+        "model.method=lora", "lora.adapter=/runs/other/model", *overrides, adapter=adapter, hand_over=hand_over
+    )
     assert sound.model is not None
     return broken(sound, "model.tensors", {**sound.model.tensors, f"{LAYER}.weight": ("F16", (4096, 4096))})
 
@@ -46,7 +55,49 @@ def full_from_adapter(method: str, *, quantize: str = "none") -> Facts:
 CONTINUED = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
 GPT2 = {"transformer.wte.weight": ("F32", (50257, 768))}
 
+
+def handed(*forms: str, overrides: tuple[str, ...] = (), **config: Any) -> Facts:
+    """LLaMA-7B that is to be handed over in these forms."""
+    facts = healthy(f"hand_over=[{','.join(forms)}]", *overrides)
+    return broken(facts, "model.config", {**CONFIG, **config})
+
+
+def packed(*overrides: str, method: str = "bitsandbytes") -> Facts:
+    return broken(healthy("model.method=lora", *overrides), "model.quant_method", method)
+
+
+NO_SUM = UserError("this adapter began as pissa", expected="LoRA", fix="PEFT", where="/runs/other/model")
+NO_SUM_FACTS = HandOverFacts(adapter=NO_SUM)
+
 CANARIES: Canaries = {
+    "meta-form-impossible": (
+        [
+            handed("meta:2", vocab_size=32001),
+            handed("meta", model_type="qwen2"),
+            handed("hf", "meta:4", attention_bias=True),
+            handed("meta", overrides=("model.rope_scaling_factor=2",)),
+        ],
+        [
+            handed("meta", vocab_size=32001),
+            handed("meta:8"),
+            handed("hf", model_type="qwen2"),
+            handed("meta", rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+            healthy(),
+        ],
+    ),
+    "hand-over-cannot-merge": (
+        [
+            packed("hand_over=[merged]"),
+            packed("hand_over=[gguf:Q8_0]", method="gptq"),
+            adapted("hand_over=[hf]", hand_over=NO_SUM_FACTS),
+        ],
+        [
+            packed(),
+            healthy("model.method=qlora", "hand_over=[merged,gguf:Q8_0]"),
+            adapted("hand_over=[hf]", hand_over=HandOverFacts()),
+            healthy("hand_over=[hf]"),
+        ],
+    ),
     "adapter-on-wrong-base": (
         [
             adapted(base_fingerprint="e" * 64, manifest=SAME),

@@ -31,7 +31,7 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "huggingface-hub",
     "sentencepiece", "protobuf", "bitsandbytes", "flash-attn", "flash-attn-3", "xformers", "apex", "deepspeed",
     "torchvision", "torchaudio", "triton", "wandb", "tensorboard", "vllm", "liger-kernel", "unsloth", "pyarrow",
-    "pydantic", "PyYAML", "rich", "cyclopts", "jinja2",
+    "pydantic", "PyYAML", "rich", "cyclopts", "jinja2", "gguf", "xllamacpp",
 )  # fmt: skip
 VARIABLES = re.compile(
     r"(CUDA|NCCL|GLOO|HF|HUGGINGFACE|WANDB|OMP|MKL|TOKENIZERS|TRANSFORMERS|PYTORCH|TORCH|TORCHELASTIC|ACCELERATE|BNB|HIP|"

@@ -11,6 +11,7 @@ from zhibei.config.errors import UserError
 from zhibei.config.resolve import ResolvedRun
 from zhibei.config.run import RunFile
 from zhibei.doctor.facts.environment import EnvironmentFacts
+from zhibei.doctor.facts.hand_over import HandOverFacts
 from zhibei.doctor.facts.model import AdapterFacts, ModelFacts
 from zhibei.doctor.facts.output import OutputFacts
 from zhibei.doctor.facts.rows import PairFacts, RowFacts
@@ -53,6 +54,8 @@ class Facts:
     rows: RowFacts | None = None
     pairs: PairFacts | None = None
     output: OutputFacts | None = None
+    hand_over: HandOverFacts | None = None
+    """Where the run file asks for forms of the finished model."""
     plan: MemoryPlan | None = None
     plan_remedies: tuple[str, ...] = ()
     """What would make the run fit, where it does not."""

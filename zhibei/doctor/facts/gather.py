@@ -23,6 +23,7 @@ from zhibei.data.records import BrokenRecord
 from zhibei.data.steps import num_steps_of, require_steps
 from zhibei.doctor.facts.environment import EnvironmentFacts, read_environment
 from zhibei.doctor.facts.facts import Defect, Facts
+from zhibei.doctor.facts.hand_over import HandOverFacts, read_hand_over
 from zhibei.doctor.facts.machine import read_machine
 from zhibei.doctor.facts.model import AdapterFacts, ModelFacts, read_adapter_facts, read_model, with_row_norms
 from zhibei.doctor.facts.output import read_output
@@ -92,7 +93,7 @@ def gather_facts(
         )
     facts = _with_reward(_with_model(facts, parts), parts)
     facts = _with_text(facts, words, parts)
-    facts = _with_row_norms(facts, parts)
+    facts = _with_hand_over(_with_row_norms(facts, parts), words, parts)
     facts = _with_rows(facts, words, rows, Gathering(parts, on_rows))
     facts = _with_plan(facts, rows, parts)
     return replace(facts, faults=_distinct(parts.faults), defects=tuple(parts.defects))
@@ -240,6 +241,19 @@ def _tokenizer(facts: Facts, tokenizer: Tokenizer) -> TokenizerFacts:
     if facts.run.model.tokenizer is None or facts.model is None or facts.model.folder is None:
         return found
     return replace(found, models_own_ids=num_ids_of(facts.model.folder))
+
+
+def _with_hand_over(facts: Facts, words: Words, parts: Parts) -> Facts:
+    """What the exporters say to the forms that are asked for."""
+    if not facts.run.hand_over:
+        return facts
+    rows = facts.model.embedding_rows if facts.model is not None else None
+    adapter = facts.adapter.path if facts.adapter is not None else None
+
+    def read() -> HandOverFacts:
+        return read_hand_over(facts.run, tokenizer=words.tokenizer, num_rows=rows, adapter=adapter)
+
+    return replace(facts, hand_over=parts.get("hand over", read))
 
 
 def _with_row_norms(facts: Facts, parts: Parts) -> Facts:

@@ -12,12 +12,12 @@ GIB = 2.0**30
 FILES_PER_CHECKPOINT = 8
 
 
-def _planned(facts: Facts) -> DiskPlan | None:
+def planned_disk(facts: Facts) -> DiskPlan | None:
     """What the run will write; None where the model's sizes are not known."""
     return facts.plan.disk if facts.plan is not None else None
 
 
-def _free(facts: Facts) -> tuple[int, str] | None:
+def free_bytes(facts: Facts) -> tuple[int, str] | None:
     """(bytes, where the limit comes from)."""
     if facts.machine.is_described:
         described = facts.machine.disk_free_gib
@@ -72,7 +72,7 @@ def disk_full_at_checkpoint(facts: Facts) -> Iterable[Finding]:
 
     办法：把 runs: 放到更大的磁盘上，减小 sft.keep_checkpoints，减少保存次数，或改训适配器。
     """
-    disk, free = _planned(facts), _free(facts)
+    disk, free = planned_disk(facts), free_bytes(facts)
     if disk is not None and free is not None and free[0] < disk.checkpoints_bytes:
         needed = f"{disk.saves.most} checkpoints of {size(disk.checkpoint_bytes)} each"
         keep = f"{facts.run.stage}.keep_checkpoints"
@@ -113,7 +113,7 @@ def final_consolidation_no_disk(facts: Facts) -> Iterable[Finding]:
 
     办法：把 runs: 放到更大的磁盘上，或减小 sft.keep_checkpoints。
     """
-    disk, free = _planned(facts), _free(facts)
+    disk, free = planned_disk(facts), free_bytes(facts)
     if disk is None or free is None or not disk.checkpoints_bytes <= free[0] < disk.finishing_bytes:
         return
     yield Finding(

@@ -9,125 +9,11 @@ from zhibei.doctor.facts.facts import Facts
 from zhibei.doctor.pitfall import Finding, pitfall
 from zhibei.doctor.pitfalls.tokenizer import uses_ids_beyond
 
-FILES, WORDS, FAMILIES = (f"tests/export/test_gguf_{name}.py" for name in ("files", "words", "families"))
+FILES, WORDS = (f"tests/export/test_gguf_{name}.py" for name in ("files", "words"))
 
 FEWEST_TOKENS = 1000
 """Vocabularies of toy models have any size."""
 MOST_ADDED = 7
-
-
-@pitfall(
-    "gguf",
-    cost="hours",
-    kind="gate",
-    proof=[f"{FILES}::test_a_disk_that_is_too_small_is_seen_before_anything_is_written"],
-    errors=[
-        r"failed to quantize: basic_ios::clear",
-        r"basic_ios::clear: iostream error",
-        r"llama_model_quantize: failed to quantize(?!.{0,80}requantiz)",
-        r"gguf.{0,80}no space left on device",
-    ],
-    sources=[
-        "https://github.com/unslothai/unsloth/pull/8500",
-        "https://github.com/unslothai/unsloth/issues/835",
-        "https://github.com/unslothai/unsloth/issues/1197",
-    ],
-)
-def export_peak_disk_gguf() -> None:
-    """A GGUF export runs out of disk half-way, with a message about a stream.
-
-    Why: Merged 16-bit weights, the 16-bit GGUF and the quantised one lie on the disk at the same time, about 5
-    bytes per parameter; llama.cpp reports a full disk only as an iostream error.
-
-    Fix: zhibei export quantises while it reads, writes no intermediate file, and asks for the room first. Elsewhere:
-    export to a volume with room for all three, and delete each intermediate file once the next is verified.
-
-    GGUF 导出到一半磁盘写满，报的却是流错误。
-
-    为何：合并后的 16 位权重、16 位 GGUF 和量化后的 GGUF 同时占用磁盘，约每参数 5 字节；
-    llama.cpp 只报告 iostream 错误。
-
-    办法：zhibei export 边读边量化，不写中间文件，并且先检查空间。用别的程序时：
-    导出到放得下三份文件的磁盘，每步校验后删除上一步的中间文件。
-    """
-
-
-@pitfall(
-    "gguf",
-    cost="hours",
-    kind="gate",
-    proof=[
-        f"{FILES}::test_without_the_engine_numpy_writes_the_plain_types_only",
-        f"{FILES}::test_another_build_of_the_engine_is_refused",
-    ],
-    errors=[
-        r"no working quantizer found",
-        r"(?:llama-quantize|quantize|convert(?:[-_]hf[-_]to[-_]gguf)?\.py).{0,80}(?:not found|no such"
-        r" file|does not exist|command not found)",
-        r"(?:can't open file|cannot find).{0,80}(?:convert\S*\.py|llama-quantize)",
-        r"llama\.cpp.{0,60}(?:build failed|failed to (?:build|compile)|does not exist)",
-        r"unsloth: .{0,60}(?:llama\.cpp|quantiz).{0,80}(?:fail|not|error)",
-    ],
-    sources=[
-        "https://github.com/unslothai/unsloth/issues/3817",
-        "https://github.com/unslothai/unsloth/issues/341",
-        "https://github.com/unslothai/unsloth/issues/3928",
-    ],
-)
-def export_toolchain_missing() -> None:
-    """The tools for a GGUF export are missing or have been renamed.
-
-    Why: Exporters clone and build llama.cpp at the very end, which needs git, cmake and a compiler; its scripts
-    were renamed more than once (convert.py, quantize to llama-quantize).
-
-    Fix: zhibei export needs two packages and no compiler: pip install 'zhibei[gguf]'. Elsewhere: build a pinned
-    llama.cpp and run llama-quantize --help before the training, not after it.
-
-    GGUF 导出所需的工具缺失或已改名。
-
-    为何：导出程序在最后才克隆并编译 llama.cpp，需要 git、cmake 和编译器；它的脚本也多次改名（convert.py，
-    quantize 改为 llama-quantize）。
-
-    办法：zhibei export 只需两个软件包，不用编译器：pip install 'zhibei[gguf]'。用别的程序时：
-    在训练之前就编译好固定版本的 llama.cpp，并运行 llama-quantize --help 确认。
-    """
-
-
-@pitfall(
-    "gguf",
-    cost="run",
-    kind="gate",
-    proof=[
-        f"{FAMILIES}::test_what_llama_cpp_cannot_express_is_refused",
-        f"{FAMILIES}::test_llama_cpp_gives_the_logits_of_transformers",
-    ],
-    errors=[
-        r"Model \w+ is not supported",
-        r"NotImplementedError: Architecture '?\w+'? not supported",
-        r"unknown model architecture: ",
-        r"model architecture .{0,40}not supported",
-        r"Conversion impossible",
-    ],
-    sources=[
-        "https://github.com/ggml-org/llama.cpp/issues/13421",
-        "https://github.com/ggml-org/llama.cpp/issues/17197",
-    ],
-)
-def gguf_arch_unsupported() -> None:
-    """llama.cpp knows no such architecture, so the trained model cannot become a GGUF.
-
-    Why: The converter has a list of architectures and tokenizers; a base outside of it fails at the very end, or
-    loads only in a newer llama.cpp than the one installed.
-
-    Fix: Convert the untrained base first. If it fails, update llama.cpp, choose another base, or serve with another
-    program.
-
-    llama.cpp 不认识该结构，训练好的模型无法转成 GGUF。
-
-    为何：转换器只支持列表中的结构和分词器；不在其中的基座会在最后一步失败，或只能用更新的 llama.cpp 加载。
-
-    办法：先转换未训练的基座试一下；失败就升级 llama.cpp、换基座或换推理程序。
-    """
 
 
 @pitfall(
@@ -195,43 +81,6 @@ def gguf_no_tokenizer_model() -> None:
     为何：训练器只保存快速分词器；对 sentencepiece 系列，llama.cpp 要读原始文件。
 
     办法：从基座把 tokenizer.model 复制到权重旁，并确认训练时添加的词元在 tokenizer.json 或 added_tokens.json 中。
-    """
-
-
-@pitfall(
-    "gguf",
-    cost="run",
-    kind="gate",
-    proof=[
-        f"{WORDS}::test_a_wrong_pre_tokenizer_is_seen",
-        f"{WORDS}::test_the_pre_tokenizer_is_found_and_gives_the_same_tokens",
-    ],
-    errors=[
-        r"BPE pre-tokenizer was not recognized",
-        r"get_vocab_base_pre\(\)",
-        r"unknown pre-tokenizer type",
-        r"missing (?:or unrecognized )?pre-tokenizer type",
-    ],
-    sources=[
-        "https://github.com/ggml-org/llama.cpp/issues/8649",
-        "https://github.com/ggml-org/llama.cpp/issues/9927",
-        "https://github.com/ggml-org/llama.cpp/issues/22700",
-    ],
-)
-def gguf_pretokenizer_hash_unknown() -> None:
-    """llama.cpp does not recognise how the tokenizer splits text.
-
-    Why: It knows families by a hash over the ids of a test text; an added token or another version of tokenizers
-    changes the hash although the family is supported.
-
-    Fix: Convert with the base's tokenizer files plus added_tokens.json, or update llama.cpp; a quick vocab-only
-    conversion before the training shows it.
-
-    llama.cpp 不认识分词器的切分方式。
-
-    为何：它用测试文本编号的哈希识别系列；加了一个词元或换了 tokenizers 版本，哈希就变了，尽管系列本身受支持。
-
-    办法：用基座的分词器文件加 added_tokens.json 转换，或升级 llama.cpp；训练前做一次只含词表的转换就能发现。
     """
 
 

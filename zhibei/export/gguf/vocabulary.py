@@ -22,7 +22,7 @@ BYTE_WORD = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 ADDED_SCORE = -1000.0
 UNNAMED_SCORE = -10000.0
 SPACE = "\u2581"
-NO_VOCABULARY = "gguf-no-tokenizer-model"
+NO_VOCABULARY = "gguf-tokenizer-without-engine"
 
 
 @dataclass(frozen=True)
