@@ -94,7 +94,8 @@ def test_loading_never_holds_the_16_bit_model(tmp_path, kind):
     model = load_for_inference(str(folder), device="cuda", precision="bf16", quantize=kind)
     peak = torch.cuda.max_memory_allocated() - before
     assert held_bytes(model.inner) < {"nf4": 0.32, "int8": 0.56}[kind] * whole
-    assert peak < held_bytes(model.inner) + 0.2 * whole
+    # One matrix in 16 bits at a time; in a model as small as this, the largest is a large part of it.
+    assert peak < held_bytes(model.inner) + 0.3 * whole
 
 
 @pytest.mark.parametrize("settings", [["model.quantize=nf4"], ["model.quantize=int8", "model.precision=fp16"]])

@@ -23,8 +23,10 @@ from zhibei.model.language_model import head_shape
 # Growing a cache copies it and, on a GPU, makes captured steps useless; on a CPU unused columns cost time as well.
 COLUMNS_AT_FIRST = {"cpu": 64, "cuda": 4096}
 
-MOST_APART = 0.05
-"""Of the size of the logits: what rounding to 16 bits explains between two ways to compute them, with room."""
+APART_PER_ROOT_LAYER, MOST_APART = 0.02, 0.05
+"""Of the size of the logits: what rounding to 16 bits explains between two ways to compute them, with room. It grows
+like the root of the number of layers: plain bf16 is 2.9 % from fp32 after 8 random layers of width 4096, 4.4 % after 16;
+a head or column that is wrong moves logits by half their size."""
 
 
 class Road(Protocol):
@@ -227,7 +229,8 @@ class FastRoad:
         expected_BV = self._whole(tokens_B, positions_B)
         if found_BV is not None:
             apart = float((found_BV - expected_BV).norm() / expected_BV.norm().clamp(min=1e-6))
-            if apart <= MOST_APART or not bool(expected_BV.isfinite().all()):
+            most = max(MOST_APART, APART_PER_ROOT_LAYER * len(self._model.layers) ** 0.5)
+            if apart <= most or not bool(expected_BV.isfinite().all()):
                 self._pieces = kernels
                 return
             problem = f"their logits are {apart:.3g} of the size of the logits away from plain arithmetic's"

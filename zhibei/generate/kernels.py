@@ -228,11 +228,11 @@ def _launch(
 
 def block_of(outputs: int, *, is_codes: bool, rows: int) -> tuple[int, int, int, int]:
     """(outputs and inputs per block, warps, stages): enough blocks for all multiprocessors, enough bytes under way."""
+    if rows > FEW_ROWS:  # the rows take most of the shared memory
+        return 32, 128, 4, 4
     if outputs <= 512:
         return 16, 512, 4, 3
     wide = 32 if outputs > 8192 else 16
-    if rows > FEW_ROWS:
-        return 32, 128, 4, 4
     return (wide, 256, 4, 4) if not is_codes else (wide, 256, 4, 5)
 
 
