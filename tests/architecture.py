@@ -19,6 +19,7 @@ LAYERS = (
     ("generate",),
     ("train", "export", "evaluate", "serve", "report"),
     ("doctor",),
+    ("launch",),
     ("cli", "pipeline", "migrate"),
 )
 LEVEL = {folder: level for level, folders in enumerate(LAYERS) for folder in folders}
@@ -42,6 +43,8 @@ THIRD_PARTY: dict[str, tuple[set[str], set[str]]] = {
     "serve": ({"torch"}, {"uvicorn", "xllamacpp", "numpy", "llguidance", "vllm"}),
     "export": ({"numpy", "torch", "safetensors"}, {"gguf", "xllamacpp", "transformers", "peft", "sentencepiece"}),
     "report": (set(), set()),
+    # torch keeps the ranks of a node; it is loaded once a launch is under way.
+    "launch": (set(), {"torch"}),
     "pipeline": ({"numpy"}, {"torch", "transformers", "tokenizers"}),
     "cli": ({"cyclopts", "rich"}, {"numpy", "pydantic"}),
     "": ({"cyclopts"}, set()),

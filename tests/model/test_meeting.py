@@ -67,7 +67,8 @@ def test_a_beat_that_stops_is_noticed_and_one_that_goes_on_is_not(tmp_path):
     watching = Pulse(store, rank=0, world=2, patience_seconds=2.0)
     alive = Pulse(store, rank=1, world=2, patience_seconds=2.0)
     watching._give_up = told.append  # it would end this process
-    watching.start(), alive.start()
+    watching.start()
+    alive.start()
     time.sleep(3.5)
     assert told == [], "both stand still, and neither is behind"
     alive.stop()
@@ -82,7 +83,7 @@ def test_a_beat_that_stops_is_noticed_and_one_that_goes_on_is_not(tmp_path):
 def test_the_others_wait_for_rank_0_longer_than_any_operation_may_take():
     first, other = at_one_store(2, patience_seconds=0.5)
     for here in (first, other):
-        here.pulse._give_up = pytest.fail
+        here.pulse._give_up = lambda error: pytest.fail(str(error))
         here.pulse.start()
     found: list[object] = []
     waiting = threading.Thread(target=lambda: found.append(first_does(other, "rows", lambda: None)))
@@ -94,7 +95,8 @@ def test_the_others_wait_for_rank_0_longer_than_any_operation_may_take():
 
     assert first_does(first, "rows", slowly) == {"rows": 7}
     waiting.join(10)
-    first.pulse.stop(), other.pulse.stop()
+    first.pulse.stop()
+    other.pulse.stop()
     assert found == [{"rows": 7}]
 
 
@@ -122,6 +124,7 @@ def test_a_rank_that_does_not_come_is_none_among_what_was_told():
     told = all_told(first, "facts", {"a": 0}, seconds=1.0)
     thread.join(10)
     assert [one and one[0] for one in told] == [{"a": 0}, {"a": 1}, None]
+    assert told[1] is not None
     assert abs(told[1][1]) < 5, "clocks of one machine"
 
 
@@ -137,15 +140,23 @@ def meeting_point(monkeypatch):
 def test_a_meeting_says_how_it_was_left(meeting_point):
     with pytest.raises(UserError), meeting(rank=0, world=2, patience_seconds=10):
         raise UserError("no rows", expected="rows", fix="give some")
-    told = json.loads(PrefixStore("zhibei", meeting_point).get("left/0"))
+    told = json.loads(PrefixStore("zhibei/1", meeting_point).get("left/0"))
     assert told["fault"]["what"] == "no rows"
     assert meetings.present() is None
 
 
-def test_two_processes_of_one_rank_are_refused(meeting_point):
-    with meeting(rank=0, world=2, patience_seconds=10):
+def test_started_again_nothing_of_the_first_start_is_heard(meeting_point):
+    with meeting(rank=0, world=2, patience_seconds=10) as here:
+        here.tell("told", value=True)
+    with meeting(rank=0, world=2, patience_seconds=10) as here:
+        assert here.heard("told") is None
+
+
+def test_two_processes_of_one_rank_are_refused(meeting_point, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    with meeting(rank=1, world=2, patience_seconds=10):
         pass
-    with pytest.raises(UserError, match="two processes are rank 0"), meeting(rank=0, world=2, patience_seconds=10):
+    with pytest.raises(UserError, match="two processes are rank 1"), meeting(rank=1, world=2, patience_seconds=10):
         pass
 
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rehearse": ("zhibei.cli.rehearse:rehearse", "Try a run for a minute."),
     "train": ("zhibei.cli.train:train", "Fine-tune a model as a run file or recipe says."),
     "run": ("zhibei.cli.run:run", "Run several stages as one file: SFT, reward model, PPO, evaluation."),
+    "launch": ("zhibei.cli.launch:launch", "Train one run on several GPUs, on one node or many."),
     "resume": ("zhibei.cli.train:resume", "Go on with a run that was stopped."),
     "plan": ("zhibei.cli.plan:plan", "Say what a run will need: memory by cause and phase, disk, time and money."),
     "verify": ("zhibei.cli.verify:verify", "Prove that a run, a checkpoint, a model or an adapter folder is complete."),

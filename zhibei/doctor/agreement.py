@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from zhibei.model.meeting import Meeting
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
-MOST_SKEW_SECONDS = 60.0
+MOST_SKEW_SECONDS = 10.0
+"""torchrun's rendezvous takes a node for dead when its last sign, by its own clock, is 15 seconds old."""
 MOST_NAMED = 4
 
 
@@ -108,10 +109,11 @@ def disagreement(told: Sequence[tuple[Mapping[str, Any], float] | None], *, seco
     if absent:
         return _absent(absent, [one[0] for one in told if one is not None], seconds=seconds)
     facts = [one[0] for one in told if one is not None]
-    for found in (_faults(facts), _different_versions(facts), _different_runs(facts), _different_files(facts)):
+    for look in (_faults, _different_versions, _different_runs, _different_files, _devices):
+        found = look(facts)
         if found is not None:
             return found
-    return _devices(facts) or _clocks([one for one in told if one is not None])
+    return _clocks([one for one in told if one is not None])
 
 
 def _name(facts: Mapping[str, Any]) -> str:
@@ -137,7 +139,11 @@ def _faults(facts: list[Mapping[str, Any]]) -> UserError | None:
     if not faulty:
         return None
     fault = faulty[0]["fault"]
-    is_everywhere = len(faulty) == len(facts) and all(one["fault"]["what"] == fault["what"] for one in faulty)
+    # Files are looked at by the first rank of each node.
+    looked = (
+        [one for one in facts if one["local_rank"] == 0] if all(one["local_rank"] == 0 for one in faulty) else facts
+    )
+    is_everywhere = len(faulty) == len(looked) and all(one["fault"]["what"] == fault["what"] for one in faulty)
     prefix = "" if is_everywhere else f"{_name(faulty[0])}: "
     if fault.get("errors"):
         parts = [
@@ -240,7 +246,7 @@ def _clocks(told: list[tuple[Mapping[str, Any], float]]) -> UserError | None:
         return None
     return UserError(
         f"the clock of {_name(facts)} is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's",
-        expected=f"clocks that agree within {MOST_SKEW_SECONDS:.0f} s; files and records are judged by their times",
+        expected=f"clocks that agree within {MOST_SKEW_SECONDS:.0f} s: nodes are taken for dead by their clocks",
         fix="set the clock there: chronyc makestep, or timedatectl set-ntp true",
         where="clock",
     )

@@ -90,14 +90,10 @@ def meeting(*, rank: int, world: int, patience_seconds: float) -> Iterator[Meeti
         return
     seconds = min(CONNECT_SECONDS, patience_seconds)
     own = _connected(rank, seconds=seconds, may_serve=True)
-    pulse = Pulse(
-        PrefixStore("zhibei", _connected(rank, seconds=seconds, may_serve=False)),
-        rank=rank,
-        world=world,
-        patience_seconds=patience_seconds,
-    )
-    here = Meeting(PrefixStore("zhibei", own), pulse, rank=rank, world=world)
-    _refuse_a_twin(here)
+    prefix = _prefix_of_round(own, rank)
+    beats = PrefixStore(prefix, _connected(rank, seconds=seconds, may_serve=False))
+    pulse = Pulse(beats, rank=rank, world=world, patience_seconds=patience_seconds)
+    here = Meeting(PrefixStore(prefix, own), pulse, rank=rank, world=world)
     pulse.start()
     _OPEN.append(here)
     try:
@@ -112,18 +108,27 @@ def meeting(*, rank: int, world: int, patience_seconds: float) -> Iterator[Meeti
         pulse.stop()
 
 
-def _refuse_a_twin(here: Meeting) -> None:
-    """Raises UserError where another process has come as the same rank."""
+def _prefix_of_round(store: Any, rank: int) -> str:
+    """A store that a launcher keeps outlives its ranks; whoever comes for the n-th time belongs to the n-th start.
+
+    Raises UserError where another process has come as the same rank to a store that is made for one start.
+    """
+    arrivals = store.add(f"zhibei/came/{rank}", 1)
     own = f"{socket.gethostname()} (pid {os.getpid()})"
-    if here.store.add(f"came/{here.rank}", 1) == 1:
-        here.tell(f"who/{here.rank}", own)
-        return
+    if arrivals == 1 or _is_kept_by_launcher():
+        store.set(f"zhibei/who/{rank}", own)
+        return f"zhibei/{arrivals if _is_kept_by_launcher() else 1}"
     raise UserError(
-        f"two processes are rank {here.rank}: {here.wait_for(f'who/{here.rank}', seconds=5)} and {own}",
+        f"two processes are rank {rank}: {store.get(f'zhibei/who/{rank}').decode()} and {own}",
         expected="each rank once",
         fix="give every node its own --node-rank (or auto), and end what is left over of an earlier launch",
         where="environment",
     )
+
+
+def _is_kept_by_launcher() -> bool:
+    """torchrun says so; zhibei launch lets rank 0 keep the store, so that every start has a fresh one."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def master() -> tuple[str, int]:
@@ -142,12 +147,7 @@ def master() -> tuple[str, int]:
 def _connected(rank: int, *, seconds: float, may_serve: bool) -> Any:
     """A connection to the store; rank 0 opens it where no launcher and no process group has."""
     host, port = master()
-    serves = (
-        may_serve
-        and rank == 0
-        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        and not dist.is_initialized()
-    )
+    serves = may_serve and rank == 0 and not _is_kept_by_launcher() and not dist.is_initialized()
     try:
         return TCPStore(
             host, port, is_master=serves, wait_for_workers=False, timeout=timedelta(seconds=max(1.0, seconds))

@@ -42,8 +42,9 @@ def read_launch(variables: Mapping[str, str], *, root: Path = Path("/")) -> Laun
     if figures["num_nodes"] is None and local_world_size >= 1 and world_size > local_world_size:
         num_nodes = -(-world_size // local_world_size)
     address, port, rank = variables.get("MASTER_ADDR", "").strip(), figures["master_port"], _or(figures["rank"], 0)
-    # Under torchrun the launcher itself holds the port and serves the ranks.
-    is_ours = launcher != "torchrun" and rank == 0 and (world_size > 1 or port is not None)
+    # Under torchrun the launcher itself holds the port and serves the ranks; ranks that have met hold it themselves.
+    have_met = "ZHIBEI_LAUNCHES" in variables
+    is_ours = launcher != "torchrun" and not have_met and rank == 0 and (world_size > 1 or port is not None)
     return Launch(
         launcher=launcher,
         world_size=world_size,
