@@ -68,13 +68,16 @@ def write_answers(
     stop_ids: Sequence[int],
     pad_id: int,
     decode: Callable[[list[int]], str] | Decode,
+    numbers: Sequence[int] | None = None,
 ) -> Rollout:
     """The model's answers to these prompts, written with the weights it has now; no copy of them is made.
 
-    What is drawn for a prompt depends on the options' seed and on its number among the prompts, never on how many are
-    answered at once. Raises what `generate` raises.
+    What is drawn for a prompt depends on the options' seed and on its number among the prompts (`numbers` where these
+    are some of them), never on how many are answered at once. Raises what `generate` raises.
     """
-    answers = generate(model, prompts, options=options, stop_ids=stop_ids, pad_id=pad_id, decode=decode)
+    answers = generate(
+        model, prompts, options=options, stop_ids=stop_ids, pad_id=pad_id, decode=decode, numbers=numbers
+    )
     return Rollout(
         prompts=[list(prompt) for prompt in prompts],
         answers=[answer.tokens for answer in answers],

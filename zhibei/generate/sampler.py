@@ -21,13 +21,15 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int = 0,
     decode: Decode | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer every prompt (token ids) with a causal model of transformers or PEFT; answers come in the prompts' order.
 
     At most `options.batch_rows` are answered at once; where one ends, the next prompt takes its place. An answer
-    depends on the model, its prompt, the options and, unless greedy, its number among the prompts; never on the other
-    prompts. The global random state and the model's train/eval state are left as they were. Gradients are not
-    recorded. `decode` turns token ids into text; stop strings need it.
+    depends on the model, its prompt, the options and, unless greedy, its number among the prompts (or of `numbers`,
+    where these prompts are some of a larger set); never on the other prompts. The global random state and the model's
+    train/eval state are left as they were. Gradients are not recorded. `decode` turns token ids into text; stop strings
+    need it.
 
     Raises UserError for an empty prompt, a prompt beyond the context, or logits that are not finite.
     """
@@ -35,7 +37,7 @@ def generate(
         return [beam_search(model, prompt, options=options, stop_ids=stop_ids, decode=decode) for prompt in prompts]
     requests = [
         Request(prompt, options, stop_ids, number=number, decode=decode, pieces=False)
-        for number, prompt in enumerate(prompts)
+        for number, prompt in zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True)
     ]
     if not requests:
         return []
@@ -53,7 +55,7 @@ def generate(
         for id, piece in engine.step():
             if piece.answer is not None:
                 answers[number_of[id]] = piece.answer
-    return [answers[number] for number in range(len(requests))]
+    return [answers[request.number] for request in requests]
 
 
 def stream(

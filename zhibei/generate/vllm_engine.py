@@ -47,13 +47,15 @@ class VllmWriter:
         stop_ids: Sequence[int],
         pad_id: int,
         decode: Callable[[list[int]], str],
+        numbers: Sequence[int] | None = None,
     ) -> Rollout:
-        """The policy's answers to these prompts. Raises UserError where vLLM is missing or cannot take the weights."""
+        """The policy's answers to these prompts; `numbers` as in `write_answers`. Raises UserError where vLLM is
+        missing or cannot take the weights."""
         del pad_id
         self.engine = self.engine or self._start()
         send_weights(self.engine, model)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        ways = [_as_asked(options, stop_ids, number) for number in range(len(prompts))]
+        ways = [_as_asked(options, stop_ids, number) for number in numbers or range(len(prompts))]
         outputs = [output.outputs[0] for output in self.engine.generate(asked, ways, use_tqdm=False)]
         tokens = [list(output.token_ids) for output in outputs]
         content = [[token for token in row if token not in stop_ids] for row in tokens]

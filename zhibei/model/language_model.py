@@ -150,12 +150,23 @@ class LanguageModel:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """A divided model's layers whole on every rank, for the many small passes of sampling."""
+        """A divided model whole on every rank, for the many small passes of sampling: they need no other rank then, so
+        that each may take as many as its answers do."""
         if self.place is None:
             yield
             return
-        with held_whole(self.hf, divides_after_forward=self.place.divides_after_forward):
-            yield
+        # In one order on every rank: each of them is a message among all.
+        beside = [self.inner.get_input_embeddings(), self.head]
+        with torch.no_grad():
+            for module in beside:
+                named = module.named_parameters(recurse=False)
+                module.held_whole = {name: whole(parameter, self.place.dtype) for name, parameter in named}
+        try:
+            with held_whole(self.hf, divides_after_forward=self.place.divides_after_forward):
+                yield
+        finally:
+            for module in beside:
+                del module.held_whole
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

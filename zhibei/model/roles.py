@@ -73,6 +73,12 @@ class Roles:
         has_own = self.critic is not None and self.critic.model is not self.policy
         return [self.policy, self.critic.model] if has_own and self.critic else [self.policy]
 
+    def divided(self) -> None:
+        """Take the critic's parameters as they are once the models were divided among ranks: they are others then."""
+        if self.critic is not None:
+            now = dict(self.critic.model.hf.named_parameters())
+            self.critic.parameters.update({name: now[name] for name in self.critic.parameters if name in now})
+
     @contextmanager
     def as_critic(self) -> Iterator[Critic]:
         """The critic, ready to be run; afterwards the policy is active again."""
@@ -160,7 +166,7 @@ def _shared_critic(policy: LanguageModel, _section: ModelSection, _lora: LoraSec
             policy.hf.add_adapter(CRITIC, config, autocast_adapter_dtype=False)
     _activate(policy, CRITIC)
     body = {name: parameter for name, parameter in policy.hf.named_parameters() if f".{CRITIC}." in name}
-    return _with_head(policy, body, start)
+    return _with_head(policy, body, start, need.device)
 
 
 def _own_critic(_policy: LanguageModel, section: ModelSection, lora: LoraSection, need: Need, cast: Cast) -> Critic:
@@ -171,9 +177,9 @@ def _own_critic(_policy: LanguageModel, section: ModelSection, lora: LoraSection
             fresh = lora.model_copy(update={"adapter": None})
             hf = add_adapters(model.hf, fresh, seed=need.seed + 1, task="SEQ_CLS")
             model = wrapped(hf, model.attention_name, longest_row=need.longest_row)
-        return _with_head(model, _without_head(model), model.head)
+        return _with_head(model, _without_head(model), model.head, need.device)
     model = load_for_training(section, lora, need)
-    return _with_head(model, _without_head(model), None)
+    return _with_head(model, _without_head(model), None, need.device)
 
 
 def _without_head(model: LanguageModel) -> dict[str, torch.nn.Parameter]:
@@ -193,9 +199,11 @@ def _no_adapter_here(path: str) -> UserError:
     )
 
 
-def _with_head(model: LanguageModel, body: dict[str, torch.nn.Parameter], start: torch.nn.Linear | None) -> Critic:
+def _with_head(
+    model: LanguageModel, body: dict[str, torch.nn.Parameter], start: torch.nn.Linear | None, device: torch.device
+) -> Critic:
     width = model.config.get_text_config().hidden_size
-    head = torch.nn.Linear(width, 1, device=model.device, dtype=torch.float32)
+    head = torch.nn.Linear(width, 1, device=device, dtype=torch.float32)
     torch.nn.init.zeros_(head.bias)
     if start is None:
         torch.nn.init.zeros_(head.weight)

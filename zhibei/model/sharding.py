@@ -150,11 +150,17 @@ def rows_held(divided: DTensor) -> tuple[int, int]:
 
 
 def _embed(module: Any, dtype: torch.dtype, tokens_BT: torch.Tensor) -> torch.Tensor:
-    found = torch.nn.functional.embedding(tokens_BT, whole(module.weight, dtype))
+    found = torch.nn.functional.embedding(tokens_BT, _beside(module, "weight", dtype))
     scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies
     return found if scale is None else found * scale.to(found.dtype)
 
 
 def _project(module: Any, dtype: torch.dtype, hidden: torch.Tensor) -> torch.Tensor:
-    bias = None if module.bias is None else whole(module.bias, dtype)
-    return torch.nn.functional.linear(hidden, whole(module.weight, dtype), bias)
+    return torch.nn.functional.linear(hidden, _beside(module, "weight", dtype), _beside(module, "bias", dtype))
+
+
+def _beside(module: Any, name: str, dtype: torch.dtype) -> Any:
+    """A parameter of embedding or head, put together now, or held whole already (`LanguageModel.gathered`)."""
+    held = module.__dict__.get("held_whole", {}).get(name)
+    parameter = getattr(module, name)
+    return held if held is not None or parameter is None else whole(parameter, dtype)

@@ -19,6 +19,8 @@ from zhibei.generate.rewards import Answered
 from zhibei.generate.rollouts import Rollout
 from zhibei.losses.policy import truncated_importance
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.ranks import current
+from zhibei.train.dealing import all_answers, all_scores, own_of
 from zhibei.train.experience import on_grid, on_grid_with_ends, rows_of
 from zhibei.train.policy_loss import log_probabilities
 from zhibei.train.policy_materials import PolicyMaterials
@@ -69,8 +71,8 @@ def seed_of(seed: int, iteration: int) -> int:
 def collect(parts: PolicyMaterials, iteration: int, scale: RunningScale, *, group: int = 1) -> Collected:
     """Answers to the prompts of an iteration (`group` of each), their rewards, and what reference and critic say.
 
-    Everything is a pure function of the weights, the run's seed and the iteration. Raises UserError when the reward
-    source fails.
+    Everything is a pure function of the weights, the run's seed and the iteration; several ranks share the work and
+    all get the same. Raises UserError when the reward source fails.
     """
     numbers = np.repeat(parts.cursor.numbers(iteration), group)
     started = time.monotonic()
@@ -119,7 +121,7 @@ def collect(parts: PolicyMaterials, iteration: int, scale: RunningScale, *, grou
 def answers_to(
     parts: PolicyMaterials, rows: PreparedRows, numbers: Sequence[int] | np.ndarray, *, seed: int
 ) -> Rollout:
-    """The policy's answers to these prompts."""
+    """The policy's answers to these prompts, of which every rank writes a part."""
     section, materials = parts.section, parts.materials
     prompts = [rows.tokens[rows.borders[n] : rows.borders[n + 1]].tolist() for n in numbers]
     options = SamplingOptions(
@@ -132,27 +134,36 @@ def answers_to(
         batch_rows=section.rollout_batch,
     )
     tokenizer = materials.tokenizer
-    rollout = parts.write(
-        parts.roles.policy.hf,
-        prompts,
-        options=options,
-        stop_ids=tokenizer.stop_ids(materials.template.terminator),
-        pad_id=tokenizer.pad_id,
-        decode=tokenizer.decode,
-    )
+    own = own_of(len(prompts), current())
+    with parts.roles.policy.gathered():
+        rollout = parts.write(
+            parts.roles.policy.hf,
+            [prompts[number] for number in own],
+            options=options,
+            stop_ids=tokenizer.stop_ids(materials.template.terminator),
+            pad_id=tokenizer.pad_id,
+            decode=tokenizer.decode,
+            numbers=own,
+        )
+    rollout = all_answers(rollout, prompts, current())
     return replace(rollout, texts=[text.strip() for text in rollout.texts])
 
 
 def scored(
     parts: PolicyMaterials, rollout: Rollout, rows: PreparedRows, numbers: Sequence[int] | np.ndarray
 ) -> list[float]:
-    """What the reward source gives for these answers."""
+    """What the reward source gives for these answers; every rank asks for those that it wrote."""
     questions = [parts.questions[rows.row_ids[number]] for number in numbers]
-    return parts.reward(
-        Answered(
-            prompts=[question.text for question in questions],
-            answers=rollout.texts,
-            references=[question.reference for question in questions],
-            tokens=rollout.rows,
+    tokens = rollout.rows
+
+    def score(own: range) -> list[float]:
+        return parts.reward(
+            Answered(
+                prompts=[questions[number].text for number in own],
+                answers=[rollout.texts[number] for number in own],
+                references=[questions[number].reference for number in own],
+                tokens=[tokens[number] for number in own],
+            )
         )
-    )
+
+    return all_scores(score, len(rollout), current())

@@ -18,11 +18,13 @@ from zhibei.data.batches import (
     BatchPlan,
     collate_packed,
     collate_padded,
+    shares_of,
     split_packed,
     split_padded,
 )
 from zhibei.data.prepared import PreparedRows
 from zhibei.generate.rollouts import Rollout
+from zhibei.model.ranks import current
 from zhibei.model.score_model import last_tokens
 
 
@@ -78,7 +80,8 @@ def rows_of(rollout: Rollout) -> PreparedRows:
 
 
 def passes_of(rows: PreparedRows, numbers: Sequence[int], plan: BatchPlan) -> list[Batch]:
-    """These rows as forward passes within the token budget. Raises UserError for a row that is longer than it."""
+    """These rows as forward passes within the token budget; with several ranks, those of one of them (`plan.rank`),
+    each as many as the others. Raises UserError for a row that is longer than the budget."""
     chosen = np.asarray(numbers, dtype=np.int64)
     if len(chosen) == 0:
         return []
@@ -92,7 +95,8 @@ def passes_of(rows: PreparedRows, numbers: Sequence[int], plan: BatchPlan) -> li
             where="micro_batch_tokens",
         )
     split, collate = (split_packed, collate_packed) if plan.packing else (split_padded, collate_padded)
-    return [collate(rows, chosen[group], plan) for group in split(lengths, plan.micro_batch_tokens)]
+    groups = shares_of(split(lengths, plan.micro_batch_tokens), rank=plan.rank, world=plan.world)
+    return [collate(rows, chosen[group], plan) for group in groups]
 
 
 def to_positions(batch: Batch, values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -119,7 +123,8 @@ def from_positions(batch: Batch, values_N: torch.Tensor, into_BT: torch.Tensor, 
 def on_grid(
     rows: PreparedRows, mask_BT: torch.Tensor, plan: BatchPlan, compute: Callable[[Batch], torch.Tensor]
 ) -> torch.Tensor:
-    """`compute` gives a number per position [N] of a batch on its device; here they are per answer token, [B, T]."""
+    """`compute` gives a number per position [N] of a batch on its device; here they are per answer token, [B, T], also
+    those that other ranks computed."""
     return on_grid_with_ends(rows, mask_BT, plan, compute)[0]
 
 
@@ -128,13 +133,17 @@ def on_grid_with_ends(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the number at the last token of each row [B]: what is known once the whole answer is there."""
     found_BT, ends_B = torch.zeros(mask_BT.shape), torch.zeros(len(rows))
+    is_known_B = torch.zeros(len(rows))
     with torch.no_grad():
         for batch in passes_of(rows, range(len(rows)), plan):
             values_N = compute(batch)
             from_positions(batch, values_N, found_BT, mask_BT)
             last_R = last_tokens(batch, len(batch.row_numbers))
             ends_B[list(batch.row_numbers)] = values_N.cpu()[last_R].float()
-    return found_BT, ends_B
+            is_known_B[list(batch.row_numbers)] = 1
+    ranks = current()
+    known_BT = is_known_B[:, None].expand(mask_BT.shape)
+    return ranks.put_together(found_BT, known_BT), ranks.put_together(ends_B, is_known_B)
 
 
 def minibatches(numbers: Iterable[int], count: int, *, seed: int) -> list[list[int]]:

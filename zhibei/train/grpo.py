@@ -19,7 +19,7 @@ from zhibei.train.experience import Experience, minibatches
 from zhibei.train.interrupts import stop_requests
 from zhibei.train.iteration import learning, record_iteration, write_and_score
 from zhibei.train.learned import Learned
-from zhibei.train.policy_materials import KL_IN_LOSS
+from zhibei.train.policy_models import KL_IN_LOSS
 from zhibei.train.policy_run import PolicyRun, attend, train_policy
 from zhibei.train.reward_shaping import differs, less_kl
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from zhibei.config.errors import UserError
-from zhibei.config.policy import PolicySection, PpoSection, RatioSection
+from zhibei.config.policy import PolicySection, PpoSection
 from zhibei.config.policy_rules import prompts_of_iteration
 from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
 from zhibei.config.run import RunFile
@@ -23,29 +22,28 @@ from zhibei.generate.rollouts import Rollout, write_answers
 from zhibei.generate.vllm_engine import VllmWriter, require_vllm
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.device import choose_device, choose_precision
-from zhibei.model.dropout import without_dropout
-from zhibei.model.load import Need
 from zhibei.model.locate import locate
-from zhibei.model.roles import Cast, Roles, load_roles
-from zhibei.model.savings import checkpoint_activations, compile_layers
+from zhibei.model.ranks import current
+from zhibei.model.roles import Roles
 from zhibei.text.families import find_template
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer
 from zhibei.train.beginning import load_run_tokenizer, run_dir_of
 from zhibei.train.finish import prove, write_model
-from zhibei.train.materials import GPU_PAD_MULTIPLE, Materials, check_vocabulary
-from zhibei.train.optimizer import make_optimizer
+from zhibei.train.materials import (
+    GPU_PAD_MULTIPLE,
+    Materials,
+    check_vocabulary,
+    sharding_of,
+)
 from zhibei.train.planning import settled_for
-from zhibei.train.policy_loss import PTX, head_of, policy_loss, shape_of, value_loss
+from zhibei.train.policy_loss import PTX, head_of
+from zhibei.train.policy_models import require_dividable, roles_of, steppers
 from zhibei.train.prompt_cursor import PromptCursor
 from zhibei.train.reward_sources import Reward, place_of_reward_model, plan_reward, reward_of
 from zhibei.train.schedule import require_peak
 from zhibei.train.step import Stepper
 from zhibei.train.task import HeldoutFigures, Task
-from zhibei.train.token_loss import token_loss
-
-KL_IN_LOSS = ("grpo", "dr_grpo")
-"""Methods whose KL to the reference is part of the loss; the others take it off the reward."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,16 @@ class PolicyMaterials:
     def run(self) -> RunFile:
         return self.materials.run
 
-    def ptx_passes(self, step: int, *, weight: float) -> list[Batch]:
-        """Supervised rows of one optimiser step whose mean loss per token adds `weight` to the step's sum; none without
-        such rows. They add no units: the step stays a mean over the tokens of answers."""
-        if self.ptx is None or weight == 0:
+    def ptx_passes(self, step: int, answers: list[Batch], *, coefficient: float) -> list[Batch]:
+        """Supervised rows of one optimiser step beside these passes over answers; none without such rows. Their mean
+        loss per token counts `coefficient`, on all ranks together. They add no units: the step stays a mean over the
+        tokens of answers."""
+        if self.ptx is None or coefficient == 0:
             return []
         passes = self.ptx.micro_batches(step)
-        share = weight / max(1, sum(batch.num_units for batch in passes))
+        counted = [sum(batch.num_units for batch in some) for some in (answers, passes)]
+        num_units, num_supervised = current().sum_on_host(*counted)
+        share = coefficient * num_units / max(1.0, num_supervised)
         return [replace(batch, num_units=0, columns_I={PTX: torch.tensor([share])}) for batch in passes]
 
 
@@ -109,6 +110,7 @@ def gather_policy(
     section = run.training
     assert isinstance(section, PolicySection)
     require_peak(section, cursor.num_iterations)
+    require_dividable(run)
     torch.manual_seed(run.seed)
     roles = roles_of(run, section, rewarded.shared, device=device, precision=precision)
     check_vocabulary(roles.policy, tokenizer)
@@ -120,6 +122,8 @@ def gather_policy(
         seed=run.seed,
         pad_multiple=GPU_PAD_MULTIPLE if device.type == "cuda" else 1,
         pad_token=tokenizer.pad_id,
+        rank=current().rank,
+        world=current().world,
     )
     materials = Materials(
         resolved=resolved,
@@ -159,6 +163,13 @@ def _ours(run: RunFile, section: PolicySection, precision: str) -> Callable[...,
 
 def _vllm(run: RunFile, section: PolicySection, precision: str) -> Callable[..., Rollout]:
     require_vllm()
+    if current().are_several:
+        raise UserError(
+            f"{run.stage}.engine: vllm on {current().world} ranks",
+            expected="engine: ours, which writes with the weights that every rank has",
+            fix=f"set {run.stage}.engine: ours, or train in one process",
+            where=f"{run.stage}.engine",
+        )
     return VllmWriter(
         folder=str(locate(run.model.path).weights),
         precision=precision,
@@ -243,7 +254,7 @@ def planned(
 ) -> tuple[ResolvedRun, Any]:
     """The run with what was left open filled in; a pass takes at least the longest prompt with the longest answer."""
     settled = settled_for(device, resolved.run, rows.train.lengths.tolist())
-    resolved = with_planned(resolved, settled.values)
+    resolved = with_planned(resolved, {**settled.values, **sharding_of(resolved.run)})
     run = resolved.run
     longest = int(rows.train.lengths.max()) + run.training.max_new_tokens  # pyright: ignore[reportAttributeAccessIssue]
     name = f"{run.stage}.micro_batch_tokens"
@@ -261,59 +272,6 @@ def planned(
     if run.data.template != rows.template:
         values["data.template"] = rows.template
     return with_planned(resolved, values), settled
-
-
-def roles_of(
-    run: RunFile, section: PolicySection, judge: Path | None, *, device: torch.device, precision: str
-) -> Roles:
-    """The models that a stage needs. Without a weight on the KL there is no reference to keep. `judge`: the adapter
-    folder of a reward model that lies on the policy's base."""
-    need = Need(
-        device=device,
-        precision=precision,
-        packing=run.data.packing,
-        longest_row=run.data.max_tokens + section.max_new_tokens,
-        seed=run.seed,
-    )
-    is_ppo = isinstance(section, PpoSection)
-    cast = Cast(
-        has_critic=is_ppo,
-        has_reference=is_ppo or getattr(section, "kl_coefficient", 0.0) > 0,
-        is_shared=is_ppo and section.models == "shared",
-        judge=judge,
-        critic_from=section.reward_model if is_ppo and section.critic_from == "reward_model" else None,
-    )
-    roles = load_roles(run.model, run.lora, need, cast)
-    for model in roles.own_models:
-        without_dropout(model)
-    return roles
-
-
-def steppers(run: RunFile, section: PolicySection, roles: Roles) -> tuple[Stepper, Stepper | None]:
-    """Optimisers of policy and critic, with their losses."""
-    in_loss = run.grpo.kl_coefficient if run.stage == "grpo" and run.grpo.method in KL_IN_LOSS else 0.0
-    make_ready(run, roles)
-    optimizer = make_optimizer(roles.policy.trainable(), section)
-    if isinstance(section, RatioSection):
-        loss = policy_loss(shape_of(section, roles.policy, kl_in_loss=in_loss))
-    else:
-        loss = token_loss(head_of(roles.policy))
-    stepper = Stepper(roles.policy, optimizer, loss, max_grad_norm=section.max_grad_norm)
-    if roles.critic is None:
-        return stepper, None
-    with roles.as_critic() as critic:
-        optimizer = make_optimizer(critic.parameters, section)
-        loss = value_loss(critic, clip=run.ppo.value_clip)
-        return stepper, Stepper(critic.model, optimizer, loss, max_grad_norm=section.max_grad_norm)
-
-
-def make_ready(run: RunFile, roles: Roles) -> None:
-    """Recompute activations where asked for. Layers are compiled only when the run file says so: prompts and answers
-    have other lengths in every pass."""
-    how = run.model.activation_checkpointing
-    for model in roles.own_models:
-        compiled = compile_layers(model, run.model.compile is True)
-        checkpoint_activations(model, "none" if how == "auto" else how, compiled=compiled)
 
 
 def ptx_batches(

@@ -110,8 +110,7 @@ def learn(going: PolicyRun, experience: Experience, *, rate: float, critic_rate:
             if iteration < section.critic_warmup_steps:
                 continue
             step = (iteration * section.inner_epochs + inner) * section.minibatches + place
-            num_units = sum(batch.num_units for batch in passes)
-            supervised = parts.ptx_passes(step, weight=section.ptx_coefficient * num_units)
+            supervised = parts.ptx_passes(step, passes, coefficient=section.ptx_coefficient)
             record = parts.materials.stepper.step([*passes, *supervised], learning_rate=rate)
             into.policy.append(record)
             if section.stop_at_kl and record.figures["kl_to_writer"] > section.stop_at_kl:

@@ -161,7 +161,8 @@ def model_scorer(judge: Callable[[], AbstractContextManager[LanguageModel]], bat
 
     def score(answered: Answered) -> Sequence[float]:
         rows = unsupervised_rows(answered.tokens)
-        plan = replace(batches, micro_batch_tokens=max(batches.micro_batch_tokens, int(rows.lengths.max())))
+        room = max(batches.micro_batch_tokens, int(rows.lengths.max()))
+        plan = replace(batches, micro_batch_tokens=room, rank=0, world=1)  # the answers are this rank's part already
         scores = np.zeros(len(rows))
         with judge() as model, torch.no_grad():
             for batch in passes_of(rows, range(len(rows)), plan):
