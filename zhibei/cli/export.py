@@ -14,7 +14,10 @@ from zhibei.cli.parity_text import show, size, telling
 from zhibei.config.errors import UserError
 
 FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hf": ("a complete Hugging Face folder with a model card; also from Meta's files", ("dtype",)),
+    "hf": (
+        "a complete Hugging Face folder with a model card; also from Meta's files or a checkpoint",
+        ("dtype", "checkpoint"),
+    ),
     "gguf": ("GGUF files for llama.cpp and Ollama", ("types", "imatrix", "imatrix_from", "split_gib", "template")),
     "meta": ("Meta's consolidated.*.pth and params.json (LLaMA only)", ("shards",)),
     "delta": ("the weight difference to the base, as Alpaca and Vicuna came", ("dtype", "new_rows")),
@@ -25,7 +28,7 @@ FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "as-base", "types": "Q8_0", "imatrix": "", "imatrix_from": "", "split_gib": 0.0, "template": "",
-    "shards": 1, "new_rows": "zeros", "rank": 16,
+    "shards": 1, "new_rows": "zeros", "rank": 16, "checkpoint": "",
 }  # fmt: skip
 
 
@@ -36,6 +39,7 @@ def export(
     to: str = "",
     base: str = "",
     out: str = "",
+    checkpoint: str = "",
     dtype: str = "as-base",
     types: str = "Q8_0",
     imatrix: str = "",
@@ -59,6 +63,8 @@ def export(
     Examples:
 
       zhibei export runs/my_run --to hf
+
+      zhibei export runs/my_run --to hf --checkpoint step-000200
 
       zhibei export runs/my_run --to gguf --types Q8_0,Q4_K_M
 
@@ -84,6 +90,9 @@ def export(
         The base of an adapter or difference, where it lies elsewhere than when it was trained.
     out
         The new folder; by default exports/FORM in the run.
+    checkpoint
+        hf: a checkpoint of the run (step-000200, 200, newest) instead of its finished model; the parts of all ranks are
+        put together, one tensor at a time.
     dtype
         Type of the weights: as-base, bf16, fp16 or fp32 (hf, delta, recover).
     types
@@ -118,7 +127,7 @@ def export(
         return
     given = {
         "dtype": dtype, "types": types, "imatrix": imatrix, "imatrix_from": imatrix_from, "split_gib": split_gib,
-        "template": template, "shards": shards, "new_rows": new_rows, "rank": rank,
+        "template": template, "shards": shards, "new_rows": new_rows, "rank": rank, "checkpoint": checkpoint,
     }  # fmt: skip
     require_effect(to, given)
     if not source:
@@ -129,6 +138,12 @@ def export(
     place = Path(out) if out else None
     if to == "gguf":
         _gguf(source, given, base=base or None, out=place, how=(proving, json))
+        return
+    if checkpoint:
+        from zhibei.export.checkpoints import export_checkpoint
+
+        told = {"base": base or None, "out": place, "dtype": dtype, "progress": proving.progress}
+        tell(export_checkpoint(source, checkpoint, **told), as_json=json)
         return
     from zhibei.export import forms
 

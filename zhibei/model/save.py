@@ -31,7 +31,7 @@ def write_weights(model: LanguageModel, folder: Path, whole: Mapping[str, Writab
     is divided among ranks; only rank 0 writes.
     """
     if whole:
-        _write_whole(model, folder, whole)
+        write_whole(model, folder, whole)
         return
     if model.hf is not model.inner:
         # The base's embeddings belong to the base; "auto" would look the base up on the hub.
@@ -51,7 +51,9 @@ def write_weights(model: LanguageModel, folder: Path, whole: Mapping[str, Writab
         model.inner.config._attn_implementation = before
 
 
-def _write_whole(model: LanguageModel, folder: Path, whole: Mapping[str, Writable]) -> None:
+def write_whole(model: LanguageModel, folder: Path, whole: Mapping[str, Writable]) -> None:
+    """The same folder of tensors that come from elsewhere (other ranks, a checkpoint), one at a time; of the model only
+    names and settings are read."""
     if model.hf is not model.inner:
         adapters = {name: value.read() if isinstance(value, LazyTensor) else value for name, value in whole.items()}
         model.hf.save_pretrained(
