@@ -55,7 +55,7 @@ def export(
     precision: str = "auto",
     json: bool = False,
 ) -> None:
-    """Hand a trained model over in another form, and prove that it is still the same model.
+    """Hand a model over in another form: Hugging Face, GGUF, Meta and others; proved to be still the same model.
 
     Without --to: the table of forms. An adapter is merged on the way. When the new form is further from the model than
     its kind may be, nothing is left and the exit code is 2. What it is made from is not touched.
