@@ -267,6 +267,9 @@ def test_a_long_prompt_is_dropped_never_cut(tmp_path: Path) -> None:
     rows = [{"prompt": f"Say {n}."} for n in range(20)] + [{"prompt": "why " * 300}]
     found = made(rows, tmp_path, stage="ppo", max_tokens=300, too_long="cut")
     assert found.audit["dropped"] == {"too_long": 1}
+    with pytest.raises(UserError, match="no record is left") as caught:
+        made(rows[-1:], tmp_path, stage="ppo", max_tokens=300)
+    assert "never cut" in caught.value.fix
 
 
 SUPERVISED = [{"instruction": f"Say {n}.", "output": "x"} for n in range(20)]

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -550,3 +551,38 @@ def test_missing_paths_say_which_were_looked_for(tmp_path: Path, write: Write) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no data file in the folder"):
         list(read_sources(section(str(tmp_path / "empty"))))
+
+
+DIALOGUE = "\n\nHuman: 2+3?\n\nAssistant: 5\n\nHuman: And one more?\n\nAssistant:"
+ASKED = (("user", "2+3?"), ("assistant", "5"), ("user", "And one more?"))
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"prompt": DIALOGUE, "response": " 6", "chosen": " 6", "rejected": " 7"}, ("6", "7")),  # Dahoas/rm-static
+        ({"prompt": DIALOGUE, "completion": " 6", "label": True}, ("6",)),
+        ({"prompt": DIALOGUE, "response": " 6"}, ("6",)),
+        ({"prompt": DIALOGUE}, ()),
+    ],
+)
+def test_a_prompt_that_is_a_whole_dialogue_becomes_its_turns(
+    row: dict[str, Any], answers: tuple[str, ...], write: Write
+) -> None:
+    (record,) = read_file(write("rows.jsonl", json.dumps(row) + "\n"))
+    if isinstance(record, Preference):
+        prompt, said = record.prompt, (record.chosen, record.rejected)
+    elif isinstance(record, Judged):
+        prompt, said = record.prompt, (record.answer,)
+    else:
+        assert isinstance(record, (Conversation, Prompt))
+        prompt, said = record.messages[:3], tuple((message,) for message in record.messages[3:])
+    assert tuple((message.role, message.content) for message in prompt) == ASKED
+    assert tuple(message.content for (message,) in said) == answers
+
+
+def test_a_question_that_only_quotes_a_speaker_stays_one_turn(write: Write) -> None:
+    text = "What does this say?\n\nHuman: hello\n\nAssistant:"
+    (record,) = read_file(write("rows.jsonl", json.dumps({"prompt": text, "chosen": " a", "rejected": "b"}) + "\n"))
+    assert isinstance(record, Preference)
+    assert [message.content for message in (*record.prompt, *record.chosen)] == [text, " a"]

@@ -167,7 +167,7 @@ _ALL = (
     ),
     Format(
         name="preference",
-        summary="DPO pairs: a prompt (text or turns) with chosen and rejected answers; or two whole conversations",
+        summary="a prompt (text, turns, or rm-static's dialogue) with two answers; or two whole conversations",
         needed=("chosen|chosen_messages", "rejected|rejected_messages"),
         optional=("prompt|conversations|context|messages|question|instruction", "input", "system", "margin"),
         becomes="preference",

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from zhibei.data.dialogues import open_dialogue
 from zhibei.data.fields import answer_text, as_list, checked_text, first_present, needs, optional_text, rest, tools_text
 from zhibei.data.jsonlines import excerpt
 from zhibei.data.records import Conversation, Fault, Origin, PlainText, Prompt, Record
@@ -134,7 +135,9 @@ def read_prompt_completion(row: dict[str, Any], origin: Origin) -> list[Record]:
         return [conversation(turns + more, {k: v for k, v in row.items() if k != answered}, asked, origin)]
     system = optional_text(row, "system")
     messages = [Message("system", system)] if system.strip() else []
-    messages += [Message("user", checked_text(question, asked)), Message("assistant", answer_text(row, answered))]
+    dialogue, said = open_dialogue(question, asked), answer_text(row, answered)
+    messages += dialogue or [Message("user", checked_text(question, asked))]
+    messages.append(Message("assistant", said.removeprefix(" ") if dialogue else said))
     messages, fields = with_turn_fields(messages, row)
     extra = rest(row, asked, answered, "system", "turn_fields", "tools") | fields
     final = FINAL_NUMBER.search(answer)
@@ -170,6 +173,8 @@ def read_prompts(row: dict[str, Any], origin: Origin) -> list[Record]:
         extra |= turns.kept()
         if not messages or messages[-1].role == "system":
             raise Fault(field, "no question", expected="a user turn", fix="remove the record, or on_error: drop")
+    elif dialogue := open_dialogue(value, field):
+        messages = list(dialogue)
     else:
         messages = [Message("user", checked_text(value, field), context=optional_text(row, "input"))]
     system = optional_text(row, "system")

@@ -145,7 +145,7 @@ def _nothing_left(chunk: AnswerChunk | None, broken: Sequence[dict[str, Any]]) -
     return UserError(
         f"no record is left to train on: {len(broken) + (chunk.num_read if chunk else 0)} read, {reasons}{example}",
         expected="at least one record to learn from",
-        fix=remedy_of(dropped),
+        fix=remedy_of(dropped, kind=chunk.kind if chunk else ""),
         where="data.validation" if "in_validation" in dropped else "data",
         pitfall="dataset-all-rows-dropped",
     )

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
+from zhibei.data.dialogues import open_dialogue, split_dialogue
 from zhibei.data.fields import checked_text, needs, present_name, rest
 from zhibei.data.jsonlines import excerpt
 from zhibei.data.records import Fault, Judged, Origin, Preference, Record
 from zhibei.data.turns import Turns, check_order, parse_turns
-from zhibei.text.messages import Message, Role
+from zhibei.text.messages import Message
 
-SPEECH = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 PROMPT_FIELDS = ("prompt", "conversations", "context", "messages", "question", "instruction")
 ANSWER_FIELDS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
 LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-
-
-def split_dialogue(text: Any, field: str) -> tuple[Message, ...]:
-    """`\\n\\nHuman: …\\n\\nAssistant: …` as messages."""
-    text = checked_text(text, field)
-    marks = list(SPEECH.finditer(text))
-    if not marks or text[: marks[0].start()].strip():
-        raise Fault(
-            field, f"does not begin with 'Human:': {excerpt(text, 40)}", expected="\\n\\nHuman: …\\n\\nAssistant: …"
-        )
-    messages: list[Message] = []
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        said = text[mark.end() : following.start() if following else len(text)]
-        role: Role = "user" if mark[1] == "Human" else "assistant"
-        messages.append(Message(role, said.removeprefix(" ")))
-    return tuple(messages)
 
 
 def common_prefix(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
@@ -100,8 +83,8 @@ def is_turns(value: Any) -> bool:
     return not isinstance(value, str) or value.lstrip().startswith('[{"')
 
 
-def side(value: Any, field: str) -> Turns:
-    """One answer: text, one turn, or a list of turns."""
+def side(value: Any, field: str, *, in_dialogue: bool = False) -> Turns:
+    """One answer: text, one turn, or a list of turns. `in_dialogue`: the space after `Assistant:` is not part of it."""
     if is_turns(value):
         return parse_turns([value] if isinstance(value, dict) else value, field)
     if not value.strip():
@@ -111,11 +94,12 @@ def side(value: Any, field: str) -> Turns:
             expected="some text (a model would learn only that it is longer)",
             pitfall="empty-answers",
         )
-    return Turns((Message("assistant", checked_text(value, field)),), ({},))
+    text = checked_text(value, field)
+    return Turns((Message("assistant", text.removeprefix(" ") if in_dialogue else text),), ({},))
 
 
 def question(row: dict[str, Any], field: str) -> Turns:
-    """The prompt of a row: text (with `input`), or turns; a `system` field goes before it."""
+    """The prompt of a row: text (with `input`), a dialogue as text, or turns; a `system` field goes before it."""
     turns = Turns((), ())
     if row.get("system"):
         turns = Turns((Message("system", checked_text(row["system"], "system")),), ({},))
@@ -123,14 +107,18 @@ def question(row: dict[str, Any], field: str) -> Turns:
         return turns
     if is_turns(row[field]):
         return turns + parse_turns(row[field], field)
+    dialogue = open_dialogue(row[field], field)
+    if dialogue:
+        return turns + Turns(dialogue, ({},) * len(dialogue))
     text, context = checked_text(row[field], field), row.get("input") or ""
     return turns + Turns((Message("user", text, context=checked_text(context, "input", may_be_empty=True)),), ({},))
 
 
 def read_preference(row: dict[str, Any], origin: Origin) -> list[Record]:
     names = next((pair for pair in ANSWER_FIELDS if pair[0] in row or pair[1] in row), ANSWER_FIELDS[0])
-    chosen, rejected = side(needs(row, names[0]), names[0]), side(needs(row, names[1]), names[1])
     field = next((name for name in PROMPT_FIELDS if row.get(name)), "")
+    in_dialogue = bool(open_dialogue(row.get(field), field))
+    chosen, rejected = (side(needs(row, name), name, in_dialogue=in_dialogue) for name in names)
     prompt = question(row, field)
     if field:
         chosen, rejected = without_prompt(chosen, prompt), without_prompt(rejected, prompt)
@@ -169,7 +157,8 @@ def read_kto(row: dict[str, Any], origin: Origin) -> list[Record]:
     else:
         field = present_name(row, PROMPT_FIELDS, "prompt")
         name = present_name(row, ("completion", "response", "output", "answer"), "completion")
-        prompt, answer = question(row, field), side(row[name], name)
+        in_dialogue = bool(open_dialogue(row[field], field))
+        prompt, answer = question(row, field), side(row[name], name, in_dialogue=in_dialogue)
     check_order(prompt.messages + answer.messages, field)
     if answer.messages[-1].role != "assistant":
         raise Fault(name, "does not end with an answer", expected="an assistant turn at the end")

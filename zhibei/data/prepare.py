@@ -34,7 +34,7 @@ from zhibei.text.template import Template
 from zhibei.text.tokenizer import TOKENIZERS_VERSION, Tokenizer
 
 # Raise when the same inputs give other rows than before: cached sets of older versions are then not used.
-PREPARE_VERSION = 5
+PREPARE_VERSION = 6
 PROBES = (
     (Message("user", "a"),),
     (Message("user", "a"), Message("assistant", "b"), Message("user", "c", context="d"), Message("assistant", "e")),

@@ -15,8 +15,12 @@ REMEDIES = {
     "identical_after_cut": "raise data.max_tokens so that the difference of the answers is kept",
 }
 
+OF_PROMPTS = {"too_long": "raise data.max_tokens if the model and memory allow it; prompts are never cut"}
 
-def remedy_of(dropped: Mapping[str, int]) -> str:
-    """The remedy for the commonest reason."""
+
+def remedy_of(dropped: Mapping[str, int], *, kind: str = "") -> str:
+    """The remedy for the commonest reason. `kind`: the audit's, where the records are not supervised rows."""
     commonest = max(dropped, key=lambda reason: dropped[reason], default="")
+    if kind == "prompts" and commonest in OF_PROMPTS:
+        return OF_PROMPTS[commonest]
     return REMEDIES.get(commonest, "lower data.validation, or check the data with `zhibei data inspect`")

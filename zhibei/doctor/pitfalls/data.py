@@ -117,7 +117,7 @@ def dataset_all_rows_dropped(facts: Facts) -> Iterable[Finding]:
         what=f"{counted(total, read, noun_of(facts))} are dropped: {reasons}"
         + (f"; e.g. {example['detail']}" if example else ""),
         where=str(example["where"]) if example else "data",
-        to_do=remedy_of(dropped),
+        to_do=remedy_of(dropped, kind=str(rows.audit.get("kind", ""))),
         level="warning",
     )
 
