@@ -13,6 +13,7 @@ from tests.bad_inputs.output_cases import OUTPUT_CASES
 from tests.bad_inputs.output_variants import MACHINE_VARIANTS, OUTPUT_VARIANTS
 from tests.bad_inputs.pair_cases import PAIR_CASES
 from tests.bad_inputs.pair_variants import PAIR_VARIANTS
+from tests.bad_inputs.policy_cases import POLICY_VARIANTS
 from tests.bad_inputs.resume_cases import RESUME_CASES, RESUME_VARIANTS
 from tests.bad_inputs.scenario import Scenario
 
@@ -31,6 +32,7 @@ VARIANTS: list[Scenario] = [
     *MODEL_VARIANTS,
     *LORA_VARIANTS,
     *PAIR_VARIANTS,
+    *POLICY_VARIANTS,
     *OUTPUT_VARIANTS,
     *RESUME_VARIANTS,
     *MACHINE_VARIANTS,

@@ -23,6 +23,7 @@ GROUPS = {
     "m": "model and tokenizer",
     "l": "adapters",
     "r": "preference pairs",
+    "q": "learning from rewards",
     "o": "output",
     "s": "resume",
     "p": "machine",
@@ -50,6 +51,8 @@ class Scenario:
     remedy: tuple[str, ...] | str
     may: tuple[Verdict, ...] = ("stopped",)
     proof: Callable[[Place], bool] | None = None
+    leaves: str = ""
+    """What a stop may leave behind, as a regular expression of paths: a run directory from which the run can go on."""
 
     @property
     def group(self) -> str:
@@ -123,8 +126,9 @@ def judge(scenario: Scenario, seen: Seen, place: Place) -> Judgement:
         faults.append(f"message lacks {'; '.join(missing)}")
     if seen.changed and verdict != "handled":  # a run that goes on writes into its own directory
         faults.append(f"touched {', '.join(seen.changed[:4])}")
-    if verdict == "stopped" and seen.created:
-        faults.append(f"left behind {', '.join(seen.created[:4])}")
+    left = [path for path in seen.created if not re.fullmatch(scenario.leaves, path)]
+    if verdict == "stopped" and left:
+        faults.append(f"left behind {', '.join(left[:4])}")
     faults += DEFECT.findall(seen.text)
     if verdict == "stopped" and seen.exit_code != 2:
         faults.append(f"exit code {seen.exit_code}")

@@ -22,6 +22,8 @@ from zhibei.cli.app import run_command
 REPOSITORY = Path(__file__).parents[2]
 FINDING = re.compile(r"^(?:STOP|WARNING)\s+(\S+)", re.MULTILINE)
 MOST_BYTES_HASHED = 2**24
+STEPS = ("train", "iteration")
+"""Kinds of records that a step of a run leaves."""
 
 
 def try_command(command: Sequence[str], folder: Path, *, in_process: bool = True) -> Seen:

@@ -187,6 +187,8 @@ class ProgressLine:
         for name, words, style, rank in (*named, ("clip_share", "clipped", ".1%", 6), ("seconds", "seconds", ".1f", 4)):
             if is_number(record.get(name)):
                 parts.append((rank, f"{words} {record[name]:{style}}"))
+        if left_out := record.get("excluded_groups_so_far"):
+            parts.append((3, f"groups of equal rewards left out {left_out:,}"))
         is_first = not self._line.startswith("step")
         self._line = self._fitted(parts, step)
         self._show[self.mode](is_edge=is_first or step == total)

@@ -215,11 +215,13 @@ def rollouts_longer_than_the_model(facts: Facts) -> Iterable[Finding]:
     positions = int(positions * (run.model.rope_scaling_factor or 1))
     longest = run.data.max_tokens + section.max_new_tokens
     if longest > positions:
-        fitting = positions - section.max_new_tokens
+        left = positions - section.max_new_tokens
+        is_enough = left >= positions // 4
+        limit = f"{stage}.max_new_tokens: at most {positions // 2}, and data.max_tokens at most what it leaves"
         yield Finding(
             what=f"data.max_tokens {run.data.max_tokens:,} + {stage}.max_new_tokens {section.max_new_tokens:,} = "
             f"{longest:,}, and the model has {positions:,} positions",
             where=facts.origin("data.max_tokens"),
-            to_do=f"data.max_tokens: {fitting}" if fitting > 0 else f"{stage}.max_new_tokens: at most {positions // 2}",
-            changes={"data.max_tokens": fitting} if fitting > 0 else {},
+            to_do=f"data.max_tokens: {left}, or a lower {stage}.max_new_tokens" if is_enough else limit,
+            changes={"data.max_tokens": left} if is_enough else {},
         )
