@@ -49,7 +49,7 @@ def test_the_state_of_a_process_on_this_host_is_looked_up():
 def test_the_error_names_rank_host_step_and_stack():
     late = Beat(3, "node-b", 77, count=9, step=41, doing="adds up tensors", stack=("data.py:7 read: time.sleep()",))
     error = lost_error([(late, "has stood still for 60 s")], Beat(0, "node-a", 1), where="runs/x")
-    for part in ("rank 3 on node-b (pid 77)", "in step 42", "adds up tensors", "data.py:7 read"):
+    for part in ("rank 3 on node-b (pid 77)", "in step 42: adds up tensors", "adds up tensors", "data.py:7 read"):
         assert part in error.what
     assert isinstance(error, RankLost)
     assert error.exit_code == 3
@@ -66,7 +66,7 @@ def test_a_beat_that_stops_is_noticed_and_one_that_goes_on_is_not(tmp_path):
     told: list[UserError] = []
     watching = Pulse(store, rank=0, world=2, patience_seconds=2.0)
     alive = Pulse(store, rank=1, world=2, patience_seconds=2.0)
-    watching._give_up = told.append  # it would end this process
+    watching._give_up = lambda error: told.append(error)  # it would end this process
     watching.start()
     alive.start()
     time.sleep(3.5)
@@ -112,7 +112,11 @@ def test_what_ends_rank_0_ends_the_others_with_the_same_code():
 def test_a_fault_of_another_rank_is_told_with_its_name():
     first, other = at_one_store(2, patience_seconds=1.0)
     other.leave(UserError("no such card", expected="a card", fix="look", where="device"))
+    for here in (first, other):
+        here.pulse.start()
     error = first.pulse.explain()
+    for here in (first, other):
+        here.pulse.stop()
     assert error is not None
     assert error.what == f"rank 1 on {socket.gethostname()}: no such card"
 

@@ -138,6 +138,7 @@ def _set_environment(nodes: Nodes, point: MeetingPoint, folder: str) -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     wished = {
         "ZHIBEI_LAUNCH_ID": uuid.uuid4().hex,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # each rank would tell of every broken connection with a stack of C++
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nodes.ranks_per_node)),
     }
     if nodes.num_nodes > 1 and point.interface:
@@ -152,8 +153,8 @@ def _run_agent(nodes: Nodes, point: MeetingPoint, command: list[str], name: str,
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)  # each of them has a level of its own
     config = LaunchConfig(
         min_nodes=nodes.num_nodes,
         max_nodes=nodes.num_nodes,
@@ -174,12 +175,11 @@ def _run_agent(nodes: Nodes, point: MeetingPoint, command: list[str], name: str,
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        # SIGTERM is what torch's agent ends the others with once one has failed.
-        codes = {rank: one.exitcode for rank, one in error.failures.items() if one.exitcode != -signal.SIGTERM}
-        for rank, code in sorted(codes.items()):
-            if code < 0:
-                say(f"rank {rank} on {socket.gethostname()} (pid {error.failures[rank].pid}) {_end_of(code)}")
-        return OUR_FAULT if OUR_FAULT in codes.values() else STOPPED_BY_WATCHDOG
+        # Once one has failed, torch's agent ends the others: with SIGTERM, and those that do not obey with SIGKILL.
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:
+            say(f"rank {rank} on {socket.gethostname()} (pid {first.pid}) {_end_of(first.exitcode)}")
+        return OUR_FAULT if first.exitcode == OUR_FAULT else STOPPED_BY_WATCHDOG
     except SignalException as error:
         say(f"stopped by {error.sigval.name}")
         return INTERRUPTED_AND_SAVED

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ SILENCE_SECONDS = 30.0
 MOST_FRAMES = 12
 BEATS_TO_LOOK = 6
 GONE = "is gone: its process has ended"
+STANDS_STILL = "has stood still for"
 
 
 class Store(Protocol):
@@ -92,7 +94,7 @@ def blamed(own: Beat, seen: Iterable[Seen], *, now: float, silence_seconds: floa
     behind = [one.beat for one in others if one.beat.count == fewest]
     if own.count == fewest:
         return []
-    return [(beat, f"has stood still for {beat.still_seconds:.0f} s") for beat in behind]
+    return [(beat, f"{STANDS_STILL} {beat.still_seconds:.0f} s") for beat in behind]
 
 
 def state_of(beat: Beat, own_host: str) -> str:
@@ -112,15 +114,18 @@ def lost_error(blame: list[tuple[Beat, str]], own: Beat, *, where: str) -> RankL
     """The error that names them. Their stacks are part of the message where they could still tell them."""
     parts = []
     for beat, state in blame:
-        place = f"in step {beat.step + 1}" if beat.step else "before the first step"
-        parts.append(f"{beat} {state}; it was {place}: {beat.doing}")
-        parts += [f"    {line}" for line in beat.stack]
+        # What it said last may be old: others' beats are read only by a rank that waits.
+        known = f"; it was last heard of in step {beat.step + 1}: {beat.doing}" if beat.step or not own.step else ""
+        parts.append(f"{beat} {state}{known}")
+        if state.startswith(STANDS_STILL):
+            parts += [f"    {line}" for line in beat.stack]
     what = "\n  ".join(parts)
     return RankLost(
-        f"{what}\n  (rank {own.rank} on {own.host} waited for it {own.still_seconds:.0f} s: {own.doing})",
+        f"{what}\n  (rank {own.rank} on {own.host}, in step {own.step + 1}, waited {own.still_seconds:.0f} s for it: "
+        f"{own.doing})",
         expected="every rank at work",
         fix="look on that host for what happened to it (dmesg for a lack of memory, nvidia-smi for a card that fell "
-        "off, its network link); then go on from the newest checkpoint: zhibei launch --resume RUN_DIR",
+        f"off, its network link); go on from the newest checkpoint with: zhibei launch --resume {where or 'RUN_DIR'}",
         where=where,
     )
 
@@ -131,7 +136,8 @@ def stack_of_main() -> tuple[str, ...]:
     if frame is None:
         return ()
     frames = traceback.extract_stack(frame)[-MOST_FRAMES:]
-    return tuple(f"{one.filename}:{one.lineno} {one.name}: {one.line or ''}".rstrip() for one in frames)
+    told = [f"{one.filename}:{one.lineno} {one.name}: {one.line or ''}".rstrip(": ") for one in frames]
+    return tuple(line for line in told if not line.startswith("<frozen"))
 
 
 class Pulse:
@@ -145,11 +151,12 @@ class Pulse:
         self.store, self.rank, self.world, self.patience_seconds = store, rank, world, patience_seconds
         self.progress = Progress()
         self.interval = min(BEAT_SECONDS, patience_seconds / BEATS_PER_PATIENCE)
-        self.silence_seconds = min(SILENCE_SECONDS, patience_seconds)
+        self.silence_seconds = min(SILENCE_SECONDS, 0.75 * patience_seconds)
         self.folder: Path | None = None
         self.on_end: Callable[[UserError], int] = _print_and_code
         self._seen: dict[int, Seen] = {}
-        self._number, self._stored_at, self._always_reads = 0, time.monotonic(), False
+        self._left: dict[str, dict] = {}
+        self._number, self._stored_at, self._read_at, self._always_reads = 0, time.monotonic(), 0.0, False
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._host = socket.gethostname()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._judge)]
@@ -174,19 +181,23 @@ class Pulse:
 
     def explain(self, *, beats: int = BEATS_TO_LOOK) -> UserError | None:
         """Why an operation among ranks failed, as far as the others show it: the fault that ended one of them, or who
-        is gone. Takes a few beats of time."""
+        is gone. Takes a few beats of time, in which a launcher that ends the other ranks is not obeyed."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not self._ending.acquire(blocking=False):
             time.sleep(10 * self.interval)  # the watching thread is about to end this process and tells why
         self._always_reads = True
         started = time.monotonic()
         while time.monotonic() - started < beats * self.interval:
+            time.sleep(self.interval / 2)
+            if self._read_at < started:
+                continue
             fault = self._fault_of_another()
             if fault is not None:
                 return fault
             gone = [(beat, state) for beat, state in self._states() if state == GONE]
             if gone:
                 return self._lost(gone)
-            time.sleep(self.interval)
         now = time.monotonic()
         out_of_reach = self._out_of_reach(now, seconds=beats * self.interval / 2)
         if out_of_reach:
@@ -198,8 +209,7 @@ class Pulse:
 
     def _states(self) -> list[tuple[Beat, str]]:
         """What seems to have become of each other rank that has not said why it ends."""
-        told = self._told()
-        beats = [one.beat for one in list(self._seen.values()) if f"left/{one.beat.rank}" not in told]
+        beats = [one.beat for one in list(self._seen.values()) if f"left/{one.beat.rank}" not in self._left]
         return [(beat, state_of(beat, self._host)) for beat in beats]
 
     def is_first_of_those_left(self, blame_ranks: set[int]) -> bool:
@@ -216,6 +226,8 @@ class Pulse:
                 self._stored_at = time.monotonic()
 
     def _read(self) -> None:
+        """Only here is anything asked of the store: behind a link that is cut an answer never comes, and this thread
+        alone waits for it."""
         ranks = [rank for rank in range(self.world) if rank != self.rank]
         keys = [f"beat/{rank}" for rank in ranks]
         if not keys or not self.store.check(keys):
@@ -227,17 +239,13 @@ class Pulse:
             known = self._seen.get(rank)
             is_same = known is not None and known.beat.number == beat.number
             self._seen[rank] = Seen(beat, known.changed_at if is_same and known is not None else now)
-
-    def _told(self) -> Mapping[str, dict]:
-        """What ranks that ended said before, by `left/RANK`."""
-        keys = [f"left/{rank}" for rank in range(self.world) if rank != self.rank]
-        with suppress(RuntimeError):
-            there = [key for key in keys if self.store.check([key])]
-            return dict(zip(there, (json.loads(text) for text in self.store.multi_get(there)), strict=True))
-        return {}
+        ended = [key for key in (f"left/{rank}" for rank in ranks) if self.store.check([key])]
+        texts = self.store.multi_get(ended) if ended else []
+        self._left = {key: json.loads(text) for key, text in zip(ended, texts, strict=True)}
+        self._read_at = time.monotonic()
 
     def _fault_of_another(self) -> UserError | None:
-        for key, told in self._told().items():
+        for key, told in list(self._left.items()):
             if told.get("fault"):
                 fault = UserError(**{name: told["fault"][name] for name in ("what", "expected", "fix", "where")})
                 fault.what = f"rank {key.partition('/')[2]} on {told['host']}: {fault.what}"
@@ -293,9 +301,7 @@ class Pulse:
     def _give_up(self, error: UserError) -> None:
         if not self._ending.acquire(blocking=False):
             return
-        with suppress(RuntimeError):
-            fault = self._fault_of_another() if time.monotonic() - self._stored_at < self.silence_seconds else None
-            error = fault or error
+        error = self._fault_of_another() or error
         self._write_stack()
         code = self.on_end(error)
         sys.stderr.flush()
