@@ -13,7 +13,7 @@ import torch
 from tests.export.making import load, tokens
 from tests.tiny import tiny_tokenizer
 from zhibei.config.errors import UserError
-from zhibei.export.meta_form import MULTIPLIERS, mlp_rule, mlp_width, refusal
+from zhibei.export.meta_form import MULTIPLIERS, config_of, mlp_rule, mlp_width, params_of, refusal, rope_note
 from zhibei.export.meta_weights import is_meta_folder, read_meta, write_meta
 from zhibei.store.shards import read_tensors
 
@@ -109,7 +109,7 @@ def test_there_and_back_is_bit_for_bit(num_shards, kv, tmp_path):
 
 def test_llama3_splits_the_vocabulary_and_scales_its_positions(tmp_path):
     rope = {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     source = llama_folder(
@@ -148,6 +148,15 @@ def test_what_has_no_such_form():
     assert "bias" in refusal({**plain, "attention_bias": True})
     assert "head_dim" in refusal({**plain, "head_dim": 16})
     assert "vocabulary 305" in refusal({**plain, "vocab_size": 305}, num_shards=2)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert refusal({**plain, "rope_scaling": llama3}) == ""
+    assert "factor of its rotary scaling is 16" in refusal({**plain, "rope_scaling": {**llama3, "factor": 16.0}})
+    assert "high_freq_factor" in refusal({**plain, "rope_scaling": {**llama3, "high_freq_factor": 2.0}})
+    small = {**plain, "hidden_size": 2048, "rope_scaling": {**llama3, "factor": 32.0}}
+    assert refusal(small) == ""
+    assert "Meta's own code by 8" in rope_note(small)[0]
+    assert rope_note({**plain, "rope_scaling": llama3}) == rope_note(plain) == ()
+    assert config_of(params_of(small), vocabulary=304, mlp=192, is_tied=True)[0]["rope_parameters"]["factor"] == 32.0
     assert "yarn" in refusal({**plain, "rope_scaling": {"type": "yarn", "factor": 2}})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zhibei.cli import console
+from zhibei.cli.after_training import hand_over_after
 from zhibei.cli.training import checked, refused, say_done, watched
 from zhibei.config.errors import DONE, OUR_FAULT, RankLost, UserError
 from zhibei.config.read import read_run
@@ -116,6 +117,7 @@ def _trained(
     run_dir = watched(resolved, told["documents"], resumed, quiet=quiet, as_json=as_json)
     if not as_json:
         say_done(resolved, run_dir)
+    hand_over_after(resolved, run_dir, quiet=quiet, as_json=as_json)
     return DONE
 
 

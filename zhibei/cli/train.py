@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zhibei.cli import console
+from zhibei.cli.after_training import hand_over_after, is_incomplete
 from zhibei.cli.check import examine, lines_of
 from zhibei.cli.progress import choose_mode
 from zhibei.cli.ranks import are_several, train_among_ranks
@@ -58,6 +59,8 @@ def train(
 def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int | None:
     """Go on with a run that was stopped, from its newest sound checkpoint.
 
+    Of a run that is trained, the forms of hand_over that are still missing are made.
+
     Examples:
 
       zhibei resume runs/my_run
@@ -75,6 +78,9 @@ def resume(run_dir: Path, /, *, quiet: bool = False, json: bool = False) -> int 
         return train_among_ranks(
             lambda: read_run(str(unfinished(run_dir).resolved)), RunDir(run_dir), quiet=quiet, as_json=json
         )
+    if is_incomplete(RunDir(run_dir)):
+        hand_over_after(read_run(str(RunDir(run_dir).resolved)), RunDir(run_dir), quiet=quiet, as_json=json)
+        return None
     directory = unfinished(run_dir)
     return _train(read_run(str(directory.resolved)), directory, quiet=quiet, as_json=json)
 
@@ -109,6 +115,7 @@ def _train(resolved: ResolvedRun, resumed: RunDir | None, *, quiet: bool, as_jso
     run_dir = watched(resolved, documents, resumed, quiet=quiet, as_json=as_json)
     if not as_json:
         say_done(resolved, run_dir)
+    hand_over_after(resolved, run_dir, quiet=quiet, as_json=as_json)
     return None
 
 

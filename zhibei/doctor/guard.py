@@ -27,7 +27,8 @@ def train_guarded(
     on_rows: Callable[[int, str], None] | None = None,
     rehearse: Callable[[ResolvedRun], dict[str, Any] | None] | None = None,
 ) -> RunDir:
-    """Check the run, rehearse it where `rehearse` is given and the run is new, then train it under its watchdogs.
+    """Check the run, rehearse it where `rehearse` is given and the run is new, train it under its watchdogs, and make
+    the forms of it that the run file asks for.
 
     `watch` gets every record; the warnings of the check come first, as events. Raises UserError, naming all of them,
     when findings stop the run (no weights are loaded then, and nothing is written), and what training raises.
@@ -39,7 +40,23 @@ def train_guarded(
         watch(record)
     rehearsed = rehearse(resolved) if rehearse is not None and resume is None else None
     documents = {"check": found.as_dict(), "rehearsal": rehearsed}
-    return train_watched(resolved, documents, watch=watch, resume=resume, on_rows=on_rows)
+    run_dir = train_watched(resolved, documents, watch=watch, resume=resume, on_rows=on_rows)
+    hand_over(resolved, run_dir, watch=watch)
+    return run_dir
+
+
+def hand_over(resolved: ResolvedRun, run_dir: RunDir, *, watch: Watch, **options: Any) -> None:
+    """Make what is missing of the forms that the run file asks for; rank 0 does it, alone.
+
+    `options` are `on_made` and `progress`. Raises UserError naming the forms that could not be made; the run stays.
+    """
+    if not resolved.run.hand_over:
+        return
+    from zhibei.export.after_training import make_forms
+    from zhibei.model.ranks import current
+
+    if current().is_first:
+        make_forms(run_dir, resolved.run.hand_over, device=resolved.run.device, watch=watch, **options)
 
 
 def train_watched(

@@ -14,11 +14,13 @@ from zhibei.config.errors import UserError
 from zhibei.export.card import write_card
 from zhibei.export.merge import Merged, merge_weights
 from zhibei.export.sources import MergeSource
+from zhibei.generate.gguf_words import with_default_system
 from zhibei.model.locate import Located
-from zhibei.model.wording import add_stop_ids, choose_template, tokenizer_place
-from zhibei.store.files import require_space, write_json_atomic
+from zhibei.model.wording import add_stop_ids, choose_template, tokenizer_place, trained_system
+from zhibei.store.files import read_json, require_space, write_json_atomic, write_text_atomic
 from zhibei.store.folders import whole_folder
 from zhibei.store.manifest import model_fingerprint, read_manifest
+from zhibei.text.template import Template
 from zhibei.text.tokenizer import load_tokenizer
 
 TOKENIZER = (
@@ -57,6 +59,17 @@ def complete_folder(folder: Path, located: Located, *, base: Path) -> None:
     if located.run is not None:
         template, _ = choose_template(located, tokenizer, asked=None)
         add_stop_ids(folder, tokenizer.stop_ids(template.terminator))
+        _put_system_into_template(folder, template, trained_system(located))
+
+
+def _put_system_into_template(folder: Path, template: Template, system: str | None) -> None:
+    """Programs that read this folder know no run: its template begins conversations as the training rows began."""
+    if system is None:
+        return
+    write_text_atomic(folder / "chat_template.jinja", with_default_system(template.as_jinja(), system))
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
+        write_json_atomic(folder / "tokenizer_config.json", settings)
 
 
 def write_merged(

@@ -33,6 +33,9 @@ BIG_VOCABULARY = 100_000  # LLaMA 3 has 128,256 tokens and splits them; its elde
 MULTIPLIERS: tuple[tuple[int, float | None], ...] = (
     (256, None), (1024, 1.3), (4096, 1.3), (256, 1.5), (256, 1.0), (4096, 1.2), (32, None), (16, None), (4, None),
 )  # fmt: skip
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""apply_scaling of github.com/meta-llama/llama-models, models/llama3/model.py."""
+WIDTHS_OF_LLAMA_3_2 = (2048, 3072)
 NO_PARAMETER = re.compile(r"^rope\.freqs$|\.inner_attention\.rope\.freqs$")
 
 
@@ -86,6 +89,8 @@ def refusal(config: Mapping[str, Any], num_shards: int = 1) -> str:
     kind = rope_of(config).get("rope_type", "default")
     if kind not in ("default", "llama3"):
         return f"rotary positions of type {kind}, which Meta's code does not compute"
+    if kind == "llama3" and (odd := _odd_scaling(rope_of(config), sizes.width)):
+        return odd
     split = {
         "attention heads": sizes.num_heads,
         "key heads": sizes.num_key_heads,
@@ -95,6 +100,33 @@ def refusal(config: Mapping[str, Any], num_shards: int = 1) -> str:
     }
     uneven = [f"{name} {value:,}" for name, value in split.items() if value % num_shards]
     return f"{', '.join(uneven)} cannot be divided among {num_shards} files" if uneven else ""
+
+
+def _odd_scaling(rope: Mapping[str, Any], width: int) -> str:
+    """params.json only says whether positions are scaled; by how much is fixed in Meta's code."""
+    for name, value in (("factor", llama3_factor(width)), *LLAMA3_SCALING.items()):
+        if float(rope.get(name, value)) != value:
+            return (
+                f"{name} of its rotary scaling is {rope[name]:g}, and params.json, which cannot say so, means {value:g}"
+            )
+    return ""
+
+
+def llama3_factor(width: int) -> float:
+    """By what slow frequencies are divided in the released models with `use_scaled_rope`: the config.json files of
+    Llama 3.2 1B and 3B have 32, those of all larger ones 8 (which is what Meta's own code always computes)."""
+    return 32.0 if width in WIDTHS_OF_LLAMA_3_2 else 8.0
+
+
+def rope_note(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a person should know of the positions of a model that `refusal` lets pass."""
+    factor = float(rope_of(config).get("factor", 8.0))
+    if rope_of(config).get("rope_type") != "llama3" or factor == 8.0:
+        return ()
+    return (
+        f"this model divides slow rotary frequencies by {factor:g}, as Llama 3.2 1B and 3B do, and Meta's own code by "
+        "8: there it is another model",
+    )
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +156,6 @@ def params_of(config: Mapping[str, Any]) -> dict[str, Any]:
         params["ffn_dim_multiplier"] = multiplier
     if rope.get("rope_type") == "llama3":
         params["use_scaled_rope"] = True
-        params["rope_scaling_factor"] = rope.get("factor", 8.0)
-        params["rope_high_freq_factor"] = rope.get("high_freq_factor", 4.0)
     return params
 
 
@@ -153,13 +183,7 @@ def config_of(params: Mapping[str, Any], *, vocabulary: int, mlp: int, is_tied: 
     positions, reason = _positions(params, vocabulary)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10000.0))}
     if params.get("use_scaled_rope"):
-        rope |= {
-            "rope_type": "llama3",
-            "factor": float(params.get("rope_scaling_factor", 8.0)),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": float(params.get("rope_high_freq_factor", 4.0)),
-            "original_max_position_embeddings": 8192,
-        }
+        rope |= {"rope_type": "llama3", "factor": llama3_factor(int(params["dim"])), **LLAMA3_SCALING}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from zhibei.export.meta_form import (
     names_of,
     params_of,
     refusal,
+    rope_note,
     sizes_of_config,
     to_halves,
     to_pairs,
@@ -45,7 +47,9 @@ def write_meta(
 ) -> tuple[str, ...]:
     """Write a whole Hugging Face LLaMA in Meta's form into an existing folder, read it back, and compare every bit.
 
-    Host memory: two of the files. Returns notes for a person. Raises UserError for models that have no such form.
+    Host memory: a few matrices; those of one file wait in temporary files beside it, as torch writes a file from all of
+    its tensors at once. Returns notes for a person. Raises UserError for models that have no such form, and when what
+    was written does not read back the same.
     """
     config = read_json(source / "config.json")
     why = refusal(config, num_shards) if num_shards in SHARD_COUNTS else f"{num_shards} files"
@@ -59,18 +63,23 @@ def write_meta(
     sizes, tensors = sizes_of_config(config), read_tensors(source, stem="model")
     _require_names(tensors, sizes, is_tied=head_name(tensors) is None)
     total = sum(entry.end - entry.start for entry in map(tensors.spec, tensors))
-    require_space(folder, needed_bytes=total, purpose="Meta's files")
+    require_space(folder, needed_bytes=total + total // num_shards, purpose="Meta's files and one file's matrices")
     for rank in range(num_shards):
-        shard = {theirs: part for theirs, part in _shard(tensors, sizes, rank=rank, num_shards=num_shards)}
-        torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
-        del shard
+        with TemporaryDirectory(prefix=".matrices-", dir=folder) as waiting:
+            parts = _shard(tensors, sizes, rank=rank, num_shards=num_shards)
+            shard = {theirs: _in_file(part, Path(waiting) / str(n)) for n, (theirs, part) in enumerate(parts)}
+            torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+            del shard
         progress(rank + 1, num_shards)
     write_json_atomic(folder / "params.json", params_of(config))
     _require_same(tensors, folder, sizes)
     if (source / "tokenizer.model").is_file():
         shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
-        return ()
-    return ("there is no tokenizer.model beside the weights, and Meta's programs read no tokenizer.json",)
+        return rope_note(config)
+    return (
+        *rope_note(config),
+        "there is no tokenizer.model beside the weights, and Meta's programs read no tokenizer.json",
+    )
 
 
 def _require_names(tensors: TensorFolder, sizes: Sizes, *, is_tied: bool) -> None:
@@ -92,14 +101,38 @@ def _shard(tensors: TensorFolder, sizes: Sizes, *, rank: int, num_shards: int) -
         values = tensors.read_unmapped(ours if ours in tensors else "model.embed_tokens.weight")
         if heads := turned_heads(ours, sizes):
             values = to_pairs(values, heads)
-        yield theirs, (values if dim is None else values.chunk(num_shards, dim)[rank]).clone()
+        yield theirs, values if dim is None else values.chunk(num_shards, dim)[rank]
+
+
+def _in_file(values: torch.Tensor, place: Path) -> torch.Tensor:
+    """The same values in a mapped file, so that the system can take their memory back."""
+    mapped = torch.from_file(str(place), shared=True, size=values.numel(), dtype=values.dtype)
+    return mapped.view(values.shape).copy_(values)
 
 
 def _require_same(tensors: TensorFolder, folder: Path, sizes: Sizes) -> None:
-    """Read what was written and compare every tensor bit for bit. AssertionError is a defect of ours."""
+    """Read what was written and compare every tensor bit for bit."""
     read = MetaTensors(folder, sizes)
     for ours in tensors:
-        assert torch.equal(read.whole(ours), tensors.read_unmapped(ours)), f"{ours} does not read back the same"
+        if not NO_PARAMETER.search(ours) and not _are_same(read.whole(ours), tensors.read_unmapped(ours)):
+            raise _differs(ours, folder)
+
+
+def _are_same(written: torch.Tensor, meant: torch.Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    return written.dtype == meant.dtype and torch.equal(
+        written.contiguous().view(torch.uint8), meant.contiguous().view(torch.uint8)
+    )
+
+
+def _differs(name: str, folder: Path) -> UserError:
+    return UserError(
+        f"{name} does not read back as it was written",
+        expected="every matrix equal bit for bit",
+        fix="write it again, on another disk if there is one (zhibei doctor tries this one); the model it was made of "
+        "is untouched. If it fails again, it is a fault of zhibei: please report it",
+        where=str(folder),
+    )
 
 
 class MetaTensors:
@@ -235,8 +268,10 @@ def read_meta(folder: Path, out: Path, *, progress: Progress = lambda done, tota
 
 
 def same_as_meta(meta_folder: Path, folder: Path) -> int:
-    """Compare a converted folder with Meta's files bit for bit; the number of matrices. AssertionError: our defect."""
+    """Compare a converted folder with Meta's files bit for bit; the number of matrices. Raises UserError when one is
+    not the same."""
     meta, tensors = MetaTensors(meta_folder), read_tensors(folder, stem="model")
     for name in tensors:
-        assert torch.equal(meta.whole(name), tensors.read_unmapped(name)), f"{name} does not read back the same"
+        if not _are_same(meta.whole(name), tensors.read_unmapped(name)):
+            raise _differs(name, folder)
     return len(tensors)

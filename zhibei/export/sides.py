@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from zhibei.config.errors import UserError
+from zhibei.data.encode import with_system
 from zhibei.export.parity import Side
 from zhibei.export.sources import weighted_path
 from zhibei.generate.options import SamplingOptions
@@ -21,7 +22,7 @@ from zhibei.model.device import choose_device
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import Located, locate
 from zhibei.model.lora import read_adapter_beside
-from zhibei.model.wording import choose_template, tokenizer_place
+from zhibei.model.wording import choose_template, tokenizer_place, trained_system
 from zhibei.text.messages import Message
 from zhibei.text.template import Template
 from zhibei.text.tokenizer import Tokenizer, load_hugging_face_tokenizer, load_tokenizer
@@ -81,6 +82,11 @@ class FolderSide:
             return None
 
     @cached_property
+    def _system(self) -> str | None:
+        """What training put in front of conversations without a system prompt, and chat and server do."""
+        return trained_system(self.found)
+
+    @cached_property
     def _theirs(self) -> Any:
         return load_hugging_face_tokenizer(tokenizer_place(self.found))
 
@@ -95,7 +101,8 @@ class FolderSide:
         if self.found.run is not None:
             if self.template is None:
                 raise _no_template(self.name)
-            return self.tokenizer.encode(self.template.render(messages, answer_next=True).text)
+            begun = with_system(messages, self._system)
+            return self.tokenizer.encode(self.template.render(begun, answer_next=True).text)
         if not self._theirs.chat_template:
             raise _no_template(self.name)
         chat = [{"role": message.role, "content": message.content} for message in messages]

@@ -49,13 +49,15 @@ def train_resolved(
     on_rows: Callable[[int, str], None] | None = None,
     rehearse: Rehearse | None = None,
 ) -> RunDir:
-    """The same for a run that was read already. A run that is resumed goes on with the values it was started with."""
-    from zhibei.doctor.guard import train_guarded
+    """The same for a run that was read already. A run that is resumed goes on with the values it was started with; of
+    one that is finished, the forms that are still missing are made (`hand_over`)."""
+    from zhibei.doctor.guard import hand_over, train_guarded
     from zhibei.report.page import write_report
     from zhibei.train.beginning import run_dir_of
 
     run_dir = run_dir_of(resolved.run)
     if run_dir.model.is_dir():
+        hand_over(resolved, run_dir, watch=watch)
         return run_dir
     resume = run_dir if run_dir.manifest.is_file() else None
     if resume is not None:

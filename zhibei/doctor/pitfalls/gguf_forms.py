@@ -241,14 +241,14 @@ def gguf_rows_no_multiple_of_block(facts: Facts) -> Iterable[Finding]:
     Why: K and IQ types hold 256 values in a block. Matrices whose rows are no multiple of that are written in another
     type, mostly of more bits, so that the file is larger than its name says, and some of it loses more.
 
-    Fix: Nothing has to be done. On such a model gguf:Q8_0 costs little more and loses less.
+    Fix: Nothing has to be done. On such a model gguf:Q8_0 (blocks of 32) or gguf:F16 costs little more and loses less.
 
     要求用分块的 GGUF 类型，而模型矩阵的行长不是块长的整数倍。
 
     为何：K 与 IQ 类型每块 256 个值。行长不是其整数倍的矩阵会改用别的类型，多数位数更高，于是文件比类型名所说的大，部分
     矩阵损失也更多。
 
-    办法：不必处理。这种模型上 gguf:Q8_0 只大一点，损失更小。
+    办法：不必处理。这种模型上 gguf:Q8_0（每块 32 个值）或 gguf:F16 只大一点，损失更小。
     """
     asked, model = forms(facts, "gguf"), facts.model
     if not asked or model is None:
@@ -256,17 +256,19 @@ def gguf_rows_no_multiple_of_block(facts: Facts) -> Iterable[Finding]:
     from zhibei.export.gguf.kinds import BLOCKS, KINDS, PLAIN, fitting
 
     widths = {name: model.config.get(name) for name in ("hidden_size", "intermediate_size")}
+    told = []
     for form in asked:
         kind = KINDS[parts_of(form)[1]]
         block = BLOCKS.get(kind.type, 256)
         odd = {name: width for name, width in widths.items() if isinstance(width, int) and width % block}
-        if kind.name in PLAIN or not odd:
-            continue
-        instead = ", ".join(f"{name} {width:,} as {fitting(kind.type, width)}" for name, width in odd.items())
+        if kind.name not in PLAIN and odd:
+            instead = ", ".join(f"{name} {width:,} as {fitting(kind.type, width)}" for name, width in odd.items())
+            told.append(f"{form} has blocks of {block} values, and rows are written otherwise: {instead}")
+    if told:
         yield Finding(
-            what=f"{form}: {model.path} has rows that are no multiple of {block}, and they are written otherwise "
-            f"({instead})",
+            what=f"{model.path}: {told[0]}",
             where=facts.origin("hand_over"),
-            to_do="accept a larger file, or ask for gguf:Q8_0",
+            to_do="nothing, if larger files are no matter; gguf:F16 is written as its name says",
             level="warning",
+            evidence=tuple(told[1:]),
         )
