@@ -21,7 +21,7 @@ from zhibei.store.run_dir import RunDir
 
 ASKED_FILE = "asked.json"
 SCORES_FILE, HANDED_FILE = "scores.json", "handed_over.json"
-ANY_VALUE = ("name", "runs", "device", "rehearse", "accept", "data.workers", "data.cache")
+ANY_VALUE = ("name", "runs", "device", "rehearse", "accept", "hand_over", "data.workers", "data.cache")
 """Fields that may change while a pipeline is under way: they change nothing that is learned."""
 ANY_SECTION = ("log.", "watch.", "distributed.")
 

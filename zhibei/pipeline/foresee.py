@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zhibei.config.errors import UserError
+from zhibei.config.hand_over import HAND_OVER_RULES
 from zhibei.config.resolve import ResolvedRun
+from zhibei.export.gguf.kinds import find_kind
 from zhibei.pipeline.asked import is_begun, product_id, resolved_with
 from zhibei.pipeline.file import Pipeline, Stage
 from zhibei.store.run_dir import RunDir
@@ -87,6 +89,7 @@ def _foresee_one(
     is_whole = all(product_id(pipeline.folder / name) for name in stage.references.values())
     resolved = resolved_with(stage, pipeline) if is_whole else stand_in(pipeline, stage, with_reward=False)
     own = RunDir(folder) if state == "interrupted" and RunDir(folder).manifest.is_file() else None
+    resolved = with_forms(resolved, [*resolved.run.hand_over, *forms_asked_later(pipeline, stage)])
     facts = gather_facts(resolved, machine=machine, resume=own)
     settled = facts.run.training.max_steps if facts.resolved is not None else None
     num_steps = facts.pairs.num_steps if facts.pairs is not None else settled
@@ -105,6 +108,29 @@ def _planned(found: Foreseen, resolved: ResolvedRun, machine: Machine | None) ->
     except UserError as error:
         return replace(found, unplanned=error.what)
     return replace(found, outlook=ahead, num_steps=found.num_steps or ahead.search.total_steps)
+
+
+FORMS_OF_STAGES: dict[str, Callable[[Stage], list[str]]] = {
+    "merge": lambda stage: ["merged"],
+    "export": lambda stage: ["hf"],
+    "gguf": lambda stage: [f"gguf:{find_kind(str(name)).name}" for name in stage.settings["types"]],
+}
+"""Kind of a stage that hands a model on -> the same as a run file's hand_over says it."""
+
+
+def forms_asked_later(pipeline: Pipeline, stage: Stage) -> list[str]:
+    """What later stages make of this stage's model: it is refused before training, where it can be."""
+    found: list[str] = []
+    for later in pipeline.stages:
+        named = later.references.get("model")
+        if later.kind in FORMS_OF_STAGES and named is not None and made_by(pipeline, named) is stage:
+            found += FORMS_OF_STAGES[later.kind](later)
+    return found
+
+
+def with_forms(resolved: ResolvedRun, forms: list[str]) -> ResolvedRun:
+    """The run with these forms in its hand_over, each once."""
+    return replace(resolved, run=resolved.run.model_copy(update={"hand_over": list(dict.fromkeys(forms))}))
 
 
 def stand_in(pipeline: Pipeline, stage: Stage, *, with_reward: bool) -> ResolvedRun:
@@ -144,10 +170,12 @@ def _without(resolved: ResolvedRun, keys: list[str]) -> ResolvedRun:
 
 
 def between_stages(pipeline: Pipeline) -> Iterator[UserError]:
-    """What no stage shows by itself: one form of the prompts from stage to stage, data files that are there."""
+    """What no stage shows by itself: one form of the prompts from stage to stage, data files that are there, models
+    that have the form they are handed on in."""
     for stage in pipeline.stages:
         if not stage.about.trains:
             yield from _missing_files(stage)
+            yield from _impossible_form(pipeline, stage)
             continue
         own = stage.resolved({}, runs=pipeline.folder)
         for key, name in stage.references.items():
@@ -164,6 +192,23 @@ def between_stages(pipeline: Pipeline) -> Iterator[UserError]:
                     fix=f"set data.template: {theirs} in {stage.name}, or once at the top of the file",
                     where=f"{own.origins.get('data.template', stage.where)} (stage {stage.name})",
                 )
+
+
+def _impossible_form(pipeline: Pipeline, stage: Stage) -> Iterator[UserError]:
+    """The rules of the run file about hand_over, for a stage that hands on what an earlier one trains."""
+    named = stage.references.get("model")
+    source = made_by(pipeline, named) if stage.kind in FORMS_OF_STAGES and named is not None else None
+    if source is None or not source.about.trains:
+        return
+    run = with_forms(source.resolved({}, runs=pipeline.folder), FORMS_OF_STAGES[stage.kind](stage)).run
+    for rule in HAND_OVER_RULES:
+        if rule.find(run):
+            yield UserError(
+                f"stage {stage.name} makes {', '.join(run.hand_over)} of {source.name}: {rule.why}",
+                expected="a form that this model has",
+                fix=f"remove stage {stage.name}, or name another model; in a run file: {rule.fix}",
+                where=stage.where,
+            )
 
 
 def _missing_files(stage: Stage) -> Iterator[UserError]:

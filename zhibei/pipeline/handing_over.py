@@ -66,5 +66,6 @@ def _keep(work: Work, place: Path, reports: list[Any], *, notes: tuple[str, ...]
     document = {"path": str(place), "proofs": proofs, "notes": list(notes)}
     write_json_atomic(work.pipeline.folder / work.stage.name / HANDED_FILE, document)
     sizes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    text = f"{place}, {sizes / 2**20:.1f} MiB, {len(proofs)} proofs"
+    counted = f"{len(proofs)} comparison{'s' * (len(proofs) != 1)} passed"
+    text = f"{place}, {sizes / 2**20:.1f} MiB, {counted}"
     work.watch({"kind": "event", "step": 0, "event": "handed over", "text": text})

@@ -73,6 +73,7 @@ def run_pipeline(
             watch({**stage_record(one.stage.name, text), **told})
             if one.state != "finished":
                 note_asked(pipeline, one.stage)
+            if one.state != "finished" or one.stage.about.trains:  # of a finished run, what hand_over still lacks
                 _do(Work(pipeline, one.stage, watch), rehearse)
             _note_final(pipeline)
     except BaseException:

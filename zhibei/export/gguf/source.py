@@ -53,9 +53,10 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What people would call the model: the run, the adapter, or the folder."""
+        """What people would call the model: the run, the adapter, or the folder; `model` is the name of none."""
         run = self.found.run
-        return (run.path if run else self.found.adapter or Path(self.found.weights)).resolve().name
+        place = (run.path if run else self.found.adapter or Path(self.found.weights)).resolve()
+        return place.parent.name if place.name == "model" else place.name
 
     @property
     def folder(self) -> Path:
