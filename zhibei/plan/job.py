@@ -91,6 +91,8 @@ class Job:
     num_gpus: int = 1
     gpus_per_node: int = 1
     on_gpu: bool = True
+    saves_beside: bool | Literal["auto"] = "auto"
+    """Whether what is saved is copied to host memory, so that training goes on; auto: where there is room."""
 
     @property
     def item_bytes(self) -> int:
@@ -215,6 +217,7 @@ def job_of(
         num_gpus=num_gpus,
         gpus_per_node=max(1, len(machine.gpus)),
         on_gpu=gpu is not None,
+        saves_beside=section.save_in_background,
     )
 
 

@@ -79,10 +79,16 @@ class MemoryPlan:
         return sum(self.host.values()) / GIB
 
     @property
+    def needed_host_gib(self) -> float:
+        """Without a copy that is made only where there is room."""
+        spared = self.host.get(COPY, 0.0) if self.job.saves_beside == "auto" else 0.0
+        return self.host_gib - spared / GIB
+
+    @property
     def fits(self) -> bool:
         """Card and host both hold it; what is not known counts as enough."""
         on_card = self.capacity_gib is None or self.device_gib <= self.capacity_gib
-        return on_card and (self.host_capacity_gib is None or self.host_gib <= self.host_capacity_gib)
+        return on_card and (self.host_capacity_gib is None or self.needed_host_gib <= self.host_capacity_gib)
 
     def phase(self, name: str) -> Phase:
         """By name: load, first step, steady, evaluation, answers, save, proof, merge. KeyError for another."""
@@ -93,6 +99,9 @@ class MemoryPlan:
 
 
 LATER = ("proof", "merge")
+COPY = "copy of what is saved"
+COPY_SHARE = 0.5
+"""Of the free host memory: what the copy may take where nothing is asked for (train/saving.py)."""
 
 
 def device_gib(tensors_gib: float) -> float:
@@ -109,7 +118,11 @@ def plan_memory(
     if gpu is not None:
         capacity = gpu.memory_gib if gpu.free_gib is None else gpu.free_gib
     free = machine.host_free_gib or machine.host_gib or None
-    return replace(predict(shape, job, held), disk=disk, capacity_gib=capacity, host_capacity_gib=free)
+    found = predict(shape, job, held)
+    copy = found.host.get(COPY, 0.0)
+    if job.saves_beside == "auto" and free is not None and copy > COPY_SHARE * free * GIB:
+        found = replace(found, host={name: size for name, size in found.host.items() if name != COPY})
+    return replace(found, disk=disk, capacity_gib=capacity, host_capacity_gib=free)
 
 
 def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> MemoryPlan:
@@ -149,14 +162,24 @@ def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> Memory
         }
         phases.append(Phase("merge", "adapters are added to one matrix after the other", _shown(merged)))
     host = host_bytes(shape, job, whole, on_host=part.on_host, tensors=max(phase.gib for phase in phases) * GIB)
+    if job.saves_beside:
+        host[COPY] = copied_bytes(job, whole)
     return MemoryPlan(job, tuple(phases), host=host, shape=shape)
+
+
+def copied_bytes(job: Job, whole: Holdings) -> float:
+    """Of a save: what the fullest node copies to its host memory (train/snapshot.py). Of whole copies only the first is
+    saved, and with it all that its node holds."""
+    saved = (whole.adapters if job.trains_adapters else whole.weights) + whole.masters + whole.states
+    num_nodes = -(-job.num_gpus // job.gpus_per_node) if job.sharding in ("full_shard", "shard_grad_op") else 1
+    return saved / num_nodes
 
 
 def host_bytes(shape: ModelShape, job: Job, held: Holdings, *, on_host: float, tensors: float) -> dict[str, float]:
     """One node's memory: every process has Python, torch and CUDA; tensors pass through one at a time.
 
-    Loading maps the files and copies them tensor by tensor (transformers with a device map), and checkpoints are
-    streamed (store/shards.py), so no second copy of the model is ever made in the host's memory.
+    Loading maps the files and copies them tensor by tensor (transformers with a device map), and what is written is
+    streamed (store/shards.py): the only other copy there ever is is that of a save beside the training (COPY).
     """
     processes = min(job.num_gpus, job.gpus_per_node)
     largest = max(job.item_bytes * held.largest, 4 * held.largest_trained)

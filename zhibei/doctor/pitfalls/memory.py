@@ -130,11 +130,11 @@ def host_oom_exit_9_deepspeed(facts: Facts) -> Iterable[Finding]:
     办法：训练适配器或更小的模型，减少卸载，提高容器内存上限，或换用提示中所说内存的机器。
     """
     plan = facts.plan
-    if plan is None or plan.host_capacity_gib is None or plan.host_gib <= plan.host_capacity_gib:
+    if plan is None or plan.host_capacity_gib is None or plan.needed_host_gib <= plan.host_capacity_gib:
         return
     causes = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.host.items())
     yield Finding(
-        what=f"the run needs {plan.host_gib:.1f} GiB of host memory, a new process can have "
+        what=f"the run needs {plan.needed_host_gib:.1f} GiB of host memory, a new process can have "
         f"{plan.host_capacity_gib:.1f}: {causes}",
         where=facts.origin("model.path"),
         to_do=_host_remedy(facts, plan),
