@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from zhibei.model.meeting import Meeting
 
 VERDICTS = "ZHIBEI_VERDICTS"
-"""Environment variable: a folder of `zhibei launch` for the exit codes of its ranks that must not be started again."""
+"""Environment variable: a folder of `zhibei launch`. Ranks leave there: begun-RANK (their process number), lost-RANK
+(they waited for another one in vain), and RANK (an exit code with which they would end again)."""
 SECONDS_TO_TELL = 5.0
 SECONDS_TO_MEET = 60.0
 """How long ranks wait for one another where no run file could be read that says it."""
@@ -46,12 +47,18 @@ def train_among_ranks(
 
     Under `zhibei launch` a code that would be the same again is left in its folder, and the process itself succeeds.
     """
+    _note("begun-", os.getpid())
     code, is_final = _met_and_trained(read, resumed, quiet=quiet, as_json=as_json)
-    folder = os.environ.get(VERDICTS)
-    if folder is None or code == DONE or not is_final:
+    if VERDICTS not in os.environ or code == DONE or not is_final:
         return code
-    Path(folder, os.environ["RANK"]).write_text(str(code), encoding="ascii")
+    _note("", code)
     return DONE
+
+
+def _note(kind: str, figure: int) -> None:
+    """Leave a figure for the launcher of this node, where there is one."""
+    if VERDICTS in os.environ:
+        Path(os.environ[VERDICTS], f"{kind}{os.environ['RANK']}").write_text(str(figure), encoding="ascii")
 
 
 def _met_and_trained(
@@ -180,7 +187,10 @@ def _show(here: Meeting, error: UserError, *, as_json: bool) -> int:
     """Show an error where it is this rank's to show; its exit code."""
     if _is_ours_to_tell(here, error):
         console.report_error(error, as_json and here.rank == 0)
-    _wait_for_others(here)
+    if isinstance(error, RankLost):
+        _note("lost-", error.exit_code)
+    else:
+        _wait_for_others(here)
     return error.exit_code
 
 

@@ -40,6 +40,11 @@ OLD_NAMES: dict[str, tuple[str, str | None]] = {
 """What other tools call it, and the offloading that goes with it."""
 
 
+def meant_by(name: str) -> tuple[str, str | None] | None:
+    """(sharding, offload) that another tool's name stands for; None for a name of ours or of nobody."""
+    return OLD_NAMES.get(" ".join(name.replace("-", "_").lower().split()))
+
+
 class DistributedSection(Section):
     """How several processes (one for each GPU) hold one model; read when there are several, as `zhibei launch` and
     torchrun start them. Steps, rows and rates do not depend on it."""
@@ -59,8 +64,8 @@ class DistributedSection(Section):
     def _known_by_another_name(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("sharding"), str):
             return given
-        name = " ".join(given["sharding"].replace("-", "_").lower().split())
-        if name not in OLD_NAMES:
+        meant = meant_by(given["sharding"])
+        if meant is None:
             return given
-        sharding, offload = OLD_NAMES[name]
+        sharding, offload = meant
         return {**({"offload": offload} if offload else {}), **given, "sharding": sharding}

@@ -17,8 +17,11 @@ _ATTENTION = "model.attention: auto picks the fastest exact kernel"
 _STEPS = "set sft.{0}_every to a number of steps"
 _FOLDER = "the run writes into <runs>/<name>/: set name and runs"
 _SHARDING = (
-    "write distributed.sharding: full_shard (or shard_grad_op, no_shard, hybrid); layers to wrap are found in the model"
+    "write distributed.sharding: full_shard (or shard_grad_op, no_shard, hybrid; names such as zero2 and "
+    "colossalai_gemini are understood there); layers to wrap are found in the model"
 )
+_LAYERS = "layers to wrap are found in the model, however their class is spelled; leave it out"
+_OFFLOAD = "write distributed.offload: all (or optimizer)"
 
 FOREIGN_NAMES: dict[str, str] = {
     # model
@@ -57,8 +60,26 @@ FOREIGN_NAMES: dict[str, str] = {
     "rope_scaling": "model.rope_scaling_factor",
     "fsdp": _SHARDING,
     "fsdp_config": _SHARDING,
-    "fsdp_transformer_layer_cls_to_wrap": _SHARDING,
+    "sharding_strategy": _SHARDING,
+    "fsdp_sharding_strategy": _SHARDING,
+    "fsdp_transformer_layer_cls_to_wrap": _LAYERS,
+    "transformer_layer_cls_to_wrap": _LAYERS,
+    "fsdp_min_num_params": _LAYERS,
+    "fsdp_auto_wrap_policy": _LAYERS,
+    "fsdp_offload_params": _OFFLOAD,
+    "cpu_offload": _OFFLOAD,
+    "placement_policy": _OFFLOAD,
+    "fsdp_cpu_ram_efficient_loading": "weights are read by one rank and sent to the others; leave it out",
+    "fsdp_sync_module_states": "weights are read by one rank and sent to the others; leave it out",
+    "fsdp_state_dict_type": "checkpoints are whole for any number of ranks; leave it out",
     "deepspeed": _SHARDING,
+    "zero_stage": _SHARDING,
+    "strategy": _SHARDING,
+    "ddp_timeout": "distributed.patience_seconds",
+    "ddp_find_unused_parameters": "gradients that a rank lacks count as zero; leave it out",
+    "num_processes": "zhibei launch --gpus-per-node N says how many ranks there are",
+    "nproc_per_node": "zhibei launch --gpus-per-node N says how many ranks there are",
+    "nnodes": "zhibei launch --nodes N says how many nodes there are",
     # adapters
     "lora_r": "lora.rank",
     "lora_rank": "lora.rank",

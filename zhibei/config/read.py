@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from zhibei.config.distributed import meant_by
 from zhibei.config.errors import SeveralErrors, UserError
 from zhibei.config.faults import faults_of, place_of_fault, show_value
 from zhibei.config.layers import Layer, Merged, command_line_layer, dotted
@@ -107,7 +108,20 @@ def _resolved(read: _Read, run: RunFile, notes: list[str]) -> ResolvedRun:
     origins = {key: _origin(key, read.merged) for key, _ in leaf_fields()}
     if not read.has_name:
         origins["name"] = PLANNED
+    notes = [*notes, *_translated(read.merged, run, origins)]
     return with_planned(ResolvedRun(run, origins, read.text, tuple(notes)), plan_values(run))
+
+
+def _translated(merged: Merged, run: RunFile, origins: dict[str, str]) -> list[str]:
+    """A note where another tool's name for the sharding was understood; `origins` then say so too."""
+    given = (merged.values.get("distributed") or {}).get("sharding")
+    if not isinstance(given, str) or meant_by(given) is None:
+        return []
+    ours, key = run.distributed, "distributed.sharding"
+    also = f", and distributed.offload: {ours.offload}" if ours.offload != "none" else ""
+    note = f"{key}: {given} ({origins[key]}) is called {ours.sharding} here{also}"
+    origins[key] = f"{origins[key]}, where it is called {given}"
+    return [note]
 
 
 def _without_faults(merged: Merged, error: ValidationError) -> bool:

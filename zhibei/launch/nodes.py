@@ -11,8 +11,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +127,14 @@ def launch(nodes: Nodes, command: Sequence[str], *, name: str, say: Callable[[st
     point = meeting_point(nodes, say=say)
     with tempfile.TemporaryDirectory(prefix="zhibei-launch-") as folder:
         _set_environment(nodes, point, folder)
+        seconds = GRACE_SECONDS / 2 if nodes.max_restarts == 0 else nodes.wait_seconds
+        threading.Thread(target=_end_after_loss, args=(Path(folder), seconds, say), daemon=True).start()
         failed = _run_agent(nodes, point, [sys.executable, "-u", "-m", "zhibei", *command], name, say)
-        verdicts = {int(path.name): int(path.read_text(encoding="ascii")) for path in Path(folder).iterdir()}
+        verdicts = {
+            int(path.name): int(path.read_text(encoding="ascii"))
+            for path in Path(folder).iterdir()
+            if path.name.isdigit()
+        }
     if verdicts:
         return verdicts[min(verdicts)]
     return failed
@@ -192,6 +201,23 @@ def _run_agent(nodes: Nodes, point: MeetingPoint, command: list[str], name: str,
             where=f"{point.host}:{point.port}",
         ) from error
     return DONE
+
+
+def _end_after_loss(folder: Path, seconds: float, say: Callable[[str], None]) -> None:
+    """End this process where a rank was lost and torch's agent neither ends nor starts the ranks again: behind a cut
+    link it waits for its store until TCP gives up, which takes a quarter of an hour."""
+    while folder.is_dir():
+        time.sleep(1.0)
+        lost = [path.stat().st_mtime for path in folder.glob("lost-*")]
+        begun = list(folder.glob("begun-*"))
+        newest = max((path.stat().st_mtime for path in begun), default=0.0)
+        if not lost or max(lost) < newest or time.time() < max(lost) + seconds:
+            continue
+        say(f"the ranks of this node have ended, and the other nodes do not answer ({seconds:.0f} s waited)")
+        for path in begun:
+            with suppress(OSError, ValueError):
+                os.kill(int(path.read_text(encoding="ascii")), signal.SIGKILL)
+        os._exit(STOPPED_BY_WATCHDOG)
 
 
 def _end_of(code: int) -> str:
