@@ -1,7 +1,7 @@
 """Triton kernels of the decode step on a GPU, and how the step is pieced together from them. Knows no model family.
 
-With few rows a step is bound by reading the weights: `_few_rows` reads a matrix once, with the norm or the gate in
-front of it and the bias, adapter and residual stream behind it. With more rows the products are the library's.
+With few rows a step is bound by reading the weights: `_few_rows` reads a matrix of int8 codes once, with the norm or
+the gate in front of it and the bias, adapter and residual stream behind it. Other products are the library's.
 Attention reads each row's own columns and no others, so nothing depends on the longest row.
 
 Dimensions: B rows, N outputs, I inputs, C columns, W head width, G query heads per key head, R adapter rank.
@@ -22,8 +22,9 @@ from zhibei.generate import fast
 from zhibei.model.joined import Joined, add_adapters_of, joined_product
 
 FEW_ROWS = 16
-"""Up to so many rows, plain weights are read by `_few_rows`; int8 codes up to `FEW_ROWS_OF_CODES`."""
-FEW_ROWS_OF_CODES = 64
+"""Up to so many rows, int8 codes are read by `_few_rows`. On an H200 it read 16-bit weights at 0.9 TB/s for one row,
+where the library needs 6.8 ms for 64 rows of a 7B model (docs/measurements.md), so those are left to the library; for
+64 rows of codes it was slower than unpacking them."""
 _PLAIN, _NORMED, _GATED = 0, 1, 2
 
 
@@ -175,9 +176,7 @@ def _attend(
 
 def takes_few_rows(x_BI: torch.Tensor, joined: Joined) -> bool:
     """Whether `_few_rows` computes this product."""
-    if joined.matrix is None:
-        return False
-    return x_BI.shape[0] <= (FEW_ROWS if joined.scales is None else FEW_ROWS_OF_CODES)
+    return joined.matrix is not None and joined.scales is not None and x_BI.shape[0] <= FEW_ROWS
 
 
 @dataclass(frozen=True)
