@@ -31,7 +31,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the optimiser step with one unit. `marks`: (step, English, Chinese) of vertical lines."""
+    """Curves over the steps of a run with one unit. `marks`: (step, English, Chinese) of vertical lines."""
 
     title_en: str
     title_zh: str
@@ -43,6 +43,8 @@ class Chart:
     width: int = 960
     height: int = 340
     has_log_switch: bool = False
+    across: tuple[str, str] = ("optimiser step", "优化步数")
+    """What a step of the run is, English and Chinese."""
 
 
 def thin(
@@ -258,7 +260,7 @@ def axes(chart: Chart, x: Scale, y: Scale, *, ranges: tuple[int, int, float, flo
         parts.append(f'<text class="tick" x="{x(step):.1f}" y="{floor + 17}" text-anchor="middle">{step:,}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{chart.width - RIGHT}" y1="{floor}" y2="{floor}"/>')
     middle = (LEFT + chart.width - RIGHT) / 2
-    for language, across, up in (("en", "optimiser step", chart.unit_en), ("zh", "优化步数", chart.unit_zh)):
+    for language, across, up in (("en", chart.across[0], chart.unit_en), ("zh", chart.across[1], chart.unit_zh)):
         parts.append(
             f'<text class="title {language}" x="{middle}" y="{chart.height - 7}" text-anchor="middle">{across}</text>'
             f'<text class="title {language}" transform="translate(13 {(TOP + floor) / 2:.0f}) rotate(-90)" '

@@ -24,6 +24,7 @@ BOARD: dict[str, tuple[str, str, str, str]] = {
     "grad_norm": ("Gradient norm before clipping", "梯度范数（裁剪前）", "L2 norm", "L2 范数"),
     "learning_rate": ("Learning rate", "学习率", "learning rate", "学习率"),
 }
+ITERATION = ("iteration", "迭代次数")
 
 
 def health_board(inputs: RunInputs) -> Section:
@@ -37,16 +38,28 @@ def health_board(inputs: RunInputs) -> Section:
     series = [Series("answers that are learned from", "用于学习的回答", "smooth", steps, rewards)]
     steps, rewards = series_of(inputs.evaluations, "reward_mean")
     series.append(Series("held-out prompts", "留出的提示", "heldout", steps, rewards, has_points=len(steps) <= 200))
-    reward = draw(Chart("Mean reward", "平均奖励", "reward", "奖励", series, marks))
+    kept = kept_evaluation(inputs)
+    best = None if kept is None else (int(kept["step"]), _number(kept, "reward_mean"))
+    reward = draw(Chart("Mean reward", "平均奖励", "reward", "奖励", series, marks, best, across=ITERATION))
     small = []
     for name, titles in BOARD.items():
         steps, values = series_of(inputs.iterations, name)
         if steps:
             curve = [Series(titles[0], titles[1], "smooth", steps, values)]
-            small.append(draw(Chart(*titles, curve, marks, width=480, height=260)))
+            small.append(draw(Chart(*titles, curve, marks, width=480, height=260, across=ITERATION)))
     body = tag("dl", join(_tiles(inputs)), class_="tiles")
     body += tag("div", reward, class_="full") + tag("div", join(small), class_="charts")
     return Section("Reward and health board", "奖励与健康面板", body)
+
+
+def kept_evaluation(inputs: RunInputs) -> dict[str, Any] | None:
+    """The evaluation of the model that the run wrote, where it is not the one after the last iteration."""
+    written = [
+        event["model_step"] for event in inputs.events if event.get("event") == "finished" and "model_step" in event
+    ]
+    if not written or not inputs.evaluations or inputs.evaluations[-1].get("step") == written[-1]:
+        return None
+    return next((record for record in inputs.evaluations if record.get("step") == written[-1]), None)
 
 
 def _tiles(inputs: RunInputs) -> list[Markup]:
@@ -54,12 +67,18 @@ def _tiles(inputs: RunInputs) -> list[Markup]:
     tiles = [tile("iterations", "迭代次数", f"{last['step']:,}")]
     for english, chinese, records in (
         ("mean reward", "平均奖励", [first, last]),
-        ("held-out reward", "留出集奖励", [*inputs.evaluations[:1], *inputs.evaluations[-1:]]),
+        ("held-out reward at the end", "结束时的留出集奖励", [*inputs.evaluations[:1], *inputs.evaluations[-1:]]),
     ):
         ends = [value for value in (finite(record.get("reward_mean")) for record in records) if value is not None]
         if len(ends) == 2:
             small = both(f"{ends[0]:.3f} at the beginning", f"开始时为 {ends[0]:.3f}")
             tiles.append(tile(english, chinese, f"{ends[1]:.3f}", small=small))
+    kept = kept_evaluation(inputs)
+    if kept is not None:
+        small = both(f"step {kept['step']:,}, which was written", f"第 {kept['step']:,} 次迭代，即写出的模型")
+        tiles.append(
+            tile("held-out reward of the model", "模型的留出集奖励", f"{_number(kept, 'reward_mean'):.3f}", small=small)
+        )
     answers = sum(int(_number(record, "answers")) for record in inputs.iterations)
     tokens = sum(int(_number(record, "tokens")) for record in inputs.iterations)
     tiles.append(tile("answers", "回答数", f"{answers:,}", small=both(f"{tokens:,} tokens", f"{tokens:,} 词元")))
