@@ -316,3 +316,14 @@ def test_schema_describes_each_field() -> None:
 def test_expectations_in_words(key: str, words: str) -> None:
     field = dict(leaf_fields())[key]
     assert describe(field.annotation, field.metadata) == words
+
+
+def test_a_run_stands_for_the_adapter_that_it_wrote(tmp_path: Path) -> None:
+    inner = tmp_path / "runs" / "sft" / "model"
+    inner.mkdir(parents=True)
+    file = write(tmp_path, GOOD + f"lora: {{adapter: {tmp_path / 'runs' / 'sft'}}}\n")
+    overrides = ["model.method=lora"]
+    assert read_run(file, overrides).run.lora.adapter == str(tmp_path / "runs" / "sft")  # said to hold none, later
+    (inner / "adapter_config.json").write_text("{}")
+    resolved = read_run(file, overrides)
+    assert (resolved.run.lora.adapter, resolved.origins["lora.adapter"]) == (str(inner), "planned")

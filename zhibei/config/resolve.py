@@ -39,6 +39,7 @@ LEARNING_RATES = {  # (full, adapters)
 
 
 # verl's defaults for actor and critic, 1e-6 and 1e-5; OpenRLHF has 1e-6 and 9e-6.
+ADAPTER_FILE = "adapter_config.json"
 CRITIC_FACTOR = 10
 
 # torch's Adafactor multiplies the rate by the root mean square of each weight, about 0.02 in language models, where
@@ -69,6 +70,8 @@ def plan_values(run: RunFile) -> dict[str, Any]:
         planned[f"{run.stage}.learning_rate"] = rate * RATE_FACTORS.get(run.training.optimizer, 1)
     if run.model.method == "qlora" and run.model.quantize == "none":
         planned["model.quantize"] = "nf4"
+    if run.model.method != "full" and run.lora.adapter is not None:
+        planned |= _adapter_of_run(Path(run.lora.adapter))
     if run.stage == "ppo" and run.model.method == "full" and "models" not in run.ppo.model_fields_set:
         planned["ppo.models"] = "separate"
     if run.stage == "ppo" and run.ppo.critic_learning_rate is None:
@@ -83,6 +86,13 @@ def plan_values(run: RunFile) -> dict[str, Any]:
     if run.training.max_steps is not None:
         planned |= plan_intervals(run, num_steps=run.training.max_steps)
     return planned
+
+
+def _adapter_of_run(folder: Path) -> dict[str, str]:
+    """A run directory stands for the adapter that it wrote."""
+    inner = folder / "model"
+    is_run = not (folder / ADAPTER_FILE).is_file() and (inner / ADAPTER_FILE).is_file()
+    return {"lora.adapter": str(inner)} if is_run else {}
 
 
 def plan_intervals(run: RunFile, *, num_steps: int) -> dict[str, int]:

@@ -68,7 +68,7 @@ class LoraSection(Section):
     modules_to_save: list[str] = []
     """Layers trained in full beside the adapters, e.g. [embed_tokens, lm_head] after adding tokens."""
     adapter: str | None = None
-    """A PEFT folder to continue from; its own rank and targets are then used."""
+    """A PEFT folder, or a run that wrote one, to continue from; its own rank and targets are then used."""
 
 
 class Source(Section):
