@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from zhibei.config.errors import RankLost, UserError
 from zhibei.model import meeting as meetings
 from zhibei.model.meeting import Meeting, all_told, first_does, meeting
-from zhibei.model.pulse import Beat, Pulse, Seen, blamed, lost_error, state_of
+from zhibei.model.pulse import Beat, Pulse, Seen, blamed, lost_error, machine_here, state_of
 
 
 def at_one_store(world: int, *, patience_seconds: float = 4.0) -> list[Meeting]:
@@ -39,11 +39,11 @@ def test_nobody_is_blamed_by_a_rank_that_is_itself_among_the_last():
     assert blamed(Beat(0, "here", 1, count=5), [seen(1, count=5)], now=100.0, silence_seconds=30.0) == []
 
 
-def test_the_state_of_a_process_on_this_host_is_looked_up():
-    host = socket.gethostname()
-    assert "process has ended" in state_of(Beat(1, host, 2**22 + 1), host)
-    assert "its process is there" in state_of(Beat(1, host, os.getpid()), host)
-    assert "link to it is cut" in state_of(Beat(1, "elsewhere", os.getpid()), host)
+def test_the_state_of_a_process_on_this_machine_is_looked_up():
+    here = machine_here()
+    assert "process has ended" in state_of(Beat(1, "h", 2**22 + 1, machine=here), here)
+    assert "its process is there" in state_of(Beat(1, "h", os.getpid(), machine=here), here)
+    assert "link to it is cut" in state_of(Beat(1, "h", os.getpid(), machine="another"), here)
 
 
 def test_the_error_names_rank_host_step_and_stack():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +81,8 @@ def launch(
         raise UserError(
             "--output without --write", expected="a file to write", fix="add --write slurm", where="--output"
         )
+    # Torch reads this when it is loaded; it would tell of every broken connection with a stack of C++.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from zhibei.launch.nodes import Nodes, ranks_here
     from zhibei.launch.nodes import launch as start
 

@@ -147,7 +147,6 @@ def _set_environment(nodes: Nodes, point: MeetingPoint, folder: str) -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     wished = {
         "ZHIBEI_LAUNCH_ID": uuid.uuid4().hex,
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # each rank would tell of every broken connection with a stack of C++
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nodes.ranks_per_node)),
     }
     if nodes.num_nodes > 1 and point.interface:

@@ -55,6 +55,8 @@ class Beat:
     doing: str = "starting"
     still_seconds: float = 0.0
     stack: tuple[str, ...] = ()
+    machine: str = ""
+    """What only processes that see one another have alike; host names may be given twice."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} (pid {self.pid})"
@@ -89,7 +91,7 @@ def blamed(own: Beat, seen: Iterable[Seen], *, now: float, silence_seconds: floa
     others = list(seen)
     silent = [one.beat for one in others if now - one.changed_at >= silence_seconds]
     if silent:
-        return [(beat, state_of(beat, own.host)) for beat in silent]
+        return [(beat, state_of(beat, own.machine)) for beat in silent]
     fewest = min([own.count, *(one.beat.count for one in others)])
     behind = [one.beat for one in others if one.beat.count == fewest]
     if own.count == fewest:
@@ -97,9 +99,18 @@ def blamed(own: Beat, seen: Iterable[Seen], *, now: float, silence_seconds: floa
     return [(beat, f"{STANDS_STILL} {beat.still_seconds:.0f} s") for beat in behind]
 
 
-def state_of(beat: Beat, own_host: str) -> str:
-    """What has become of a rank that gives no sign of life; more is known where it runs on this host."""
-    if beat.host != own_host:
+def machine_here() -> str:
+    """This boot of this machine, and the namespaces of this process: containers number their processes anew."""
+    told = []
+    with suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        told += [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
+    return " ".join(told) or socket.gethostname()
+
+
+def state_of(beat: Beat, own_machine: str) -> str:
+    """What has become of a rank that gives no sign of life; more is known where it runs on this machine."""
+    if beat.machine != own_machine:
         return "gives no sign of life: its process or its node is gone, or the link to it is cut"
     try:
         text = Path(f"/proc/{beat.pid}/stat").read_text(encoding="ascii", errors="replace")
@@ -158,7 +169,7 @@ class Pulse:
         self._left: dict[str, dict] = {}
         self._number, self._stored_at, self._read_at, self._always_reads = 0, time.monotonic(), 0.0, False
         self._ended, self._ending = threading.Event(), threading.Lock()
-        self._host = socket.gethostname()
+        self._host, self._machine = socket.gethostname(), machine_here()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._judge)]
 
     def start(self) -> None:
@@ -177,7 +188,18 @@ class Pulse:
         still = time.monotonic() - self.progress.since
         told = stack_of_main() if still > max(2.0, self.silence_seconds / 3) else ()
         now = self.progress
-        return Beat(self.rank, self._host, os.getpid(), self._number, now.count, now.step, now.doing, still, told)
+        return Beat(
+            rank=self.rank,
+            host=self._host,
+            pid=os.getpid(),
+            number=self._number,
+            count=now.count,
+            step=now.step,
+            doing=now.doing,
+            still_seconds=still,
+            stack=told,
+            machine=self._machine,
+        )
 
     def explain(self, *, beats: int = BEATS_TO_LOOK) -> UserError | None:
         """Why an operation among ranks failed, as far as the others show it: the fault that ended one of them, or who
@@ -210,7 +232,7 @@ class Pulse:
     def _states(self) -> list[tuple[Beat, str]]:
         """What seems to have become of each other rank that has not said why it ends."""
         beats = [one.beat for one in list(self._seen.values()) if f"left/{one.beat.rank}" not in self._left]
-        return [(beat, state_of(beat, self._host)) for beat in beats]
+        return [(beat, state_of(beat, self._machine)) for beat in beats]
 
     def is_first_of_those_left(self, blame_ranks: set[int]) -> bool:
         """Whether this rank is the one to speak, where several say the same."""
