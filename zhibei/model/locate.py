@@ -117,7 +117,8 @@ TRAINING_STATES: dict[str, str] = {
     "*/*.distcp": "these are shards of one model; gather them first: accelerate merge-weights SHARDS OUTPUT",
     "zero_to_fp32.py": "this is a DeepSpeed checkpoint; gather it first: python zero_to_fp32.py . OUTPUT",
     "global_step*": "this is a DeepSpeed checkpoint; gather it first with its zero_to_fp32.py",
-    "files.json": "this is a checkpoint inside a run of zhibei: finish the run (zhibei resume RUN) and use the run",
+    "files.json": "this is a checkpoint inside a run of zhibei: finish the run (zhibei resume RUN) and use the run, or "
+    "make a model of it: zhibei export RUN --to hf --checkpoint STEP",
     "optimizer.pt": "this is a training state without a model; use the folder that the model was saved into",
 }
 """What training leaves that is no model, and how to make one of it."""

@@ -10,8 +10,9 @@ from zhibei.doctor.pitfalls.checkpoint import RESUMED_BITS, SAVING, STORE
     "checkpoint",
     cost="run",
     kind="construction",
-    because="one writer holds a lock, fills a folder with its own process number and renames it when it is complete",
+    because="rank 0 locks a folder of its own process number, and renames it when every rank's files are sound",
     proof=[
+        "tests/train/test_rank_saves.py::test_a_rank_killed_at_any_moment_of_a_save_leaves_the_previous_checkpoint",
         f"{STORE}test_two_processes_saving_at_once_leave_only_sound_checkpoints",
         f"{STORE}test_a_folder_being_filled_by_another_thread_is_neither_cleaned_nor_filled_twice",
     ],
@@ -32,14 +33,16 @@ def checkpoint_rename_race() -> None:
     Why: Each node's first process stages the checkpoint under the same name. On a shared disk the second rename finds
     nothing or a full folder, and the run dies at its first save.
 
-    Fix: There: a version with one writer, and an empty output directory. Here a checkpoint has one writer.
+    Fix: There: a version with one writer, and an empty output directory. Here rank 0 alone makes and names the folder;
+    the others put files of their own names into it, and it counts when all have read theirs back.
 
     多个进程对同一个写了一半的检查点改名或删除。
 
     为何：每个节点的首进程都用同样的名字暂存检查点。在共享磁盘上，第二次改名要么找不到文件，要么目标非空，训练在第一次
     保存时就中断。
 
-    办法：在那里要用只有一个写入者的版本，并清空输出目录；在 zhibei 中检查点只有一个写入者。
+    办法：在那里要用只有一个写入者的版本，并清空输出目录；在 zhibei 中只由 rank 0 建立并命名文件夹，其余进程只往里写自己
+    的文件，全部读回核对之后检查点才算数。
     """
 
 
@@ -47,7 +50,7 @@ def checkpoint_rename_race() -> None:
     "checkpoint",
     cost="hours",
     kind="construction",
-    because="old checkpoints are removed by their one writer, under its lock, after the new one was read back",
+    because="old checkpoints are removed by rank 0 alone, after the new one was read back",
     proof=[
         f"{STORE}test_prune_never_removes_the_newest_sound_checkpoint",
         f"{STORE}test_prune_keeps_the_newest_the_best_and_the_newest_sound",
@@ -68,14 +71,14 @@ def checkpoint_rotation_race() -> None:
     Why: With a limit on checkpoints each node's first process removes the oldest one; on a shared disk the second finds
     it gone. In the worst case the best model is what goes.
 
-    Fix: There: rotate on the global first process only. Here the one writer does it.
+    Fix: There: rotate on the global first process only. Here rank 0 does it.
 
     两个节点删除同一个旧检查点，训练在最后一步之后被标记为失败。
 
     为何：限制检查点数量时，每个节点的首进程都会删最旧的一个；在共享磁盘上第二个进程发现它已不在。最坏时被删的是最好的
     模型。
 
-    办法：在那里只让全局首进程轮换；在 zhibei 中由唯一的写入者完成。
+    办法：在那里只让全局首进程轮换；在 zhibei 中由 rank 0 完成。
     """
 
 
@@ -156,14 +159,15 @@ def fsdp_sharded_checkpoint_not_loadable() -> None:
     server reads them, and without their .metadata nobody can.
 
     Fix: Gather the shards first (accelerate merge-weights, zero_to_fp32.py), and give that folder. Models of zhibei are
-    always whole.
+    always whole; of a checkpoint in parts, zhibei export RUN --to hf --checkpoint STEP makes one.
 
     在需要模型的地方给出了分片或优化器状态的文件夹。
 
     为何：分片状态会留下 *.distcp 文件，DeepSpeed 会留下 global_step 文件夹；导出工具和服务都不认识，没有 .metadata 时更
     无人能读。
 
-    办法：先合并分片（accelerate merge-weights、zero_to_fp32.py），再给出合并后的文件夹。zhibei 的模型总是完整的。
+    办法：先合并分片（accelerate merge-weights、zero_to_fp32.py），再给出合并后的文件夹。zhibei 的模型总是完整的；分片的
+    检查点可用 zhibei export RUN --to hf --checkpoint STEP 合成模型。
     """
 
 

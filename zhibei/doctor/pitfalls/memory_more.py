@@ -9,7 +9,7 @@ from zhibei.doctor.pitfall import pitfall
     "memory",
     cost="run",
     kind="construction",
-    because="a checkpoint is written tensor by tensor through host memory; nothing is gathered on the GPU",
+    because="each rank writes its own rows, tensor by tensor, through host memory; nothing is gathered on a GPU",
     proof=["tests/store/test_shards.py::test_saving_320_mib_takes_no_more_memory_than_a_few_tensors_of_8_mib"],
     errors=[
         r"Failed to clone\(\) tensor with name",
