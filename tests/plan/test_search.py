@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.doctor.healthy import CONFIG, run_of
+from zhibei.plan.division import why_whole
 from zhibei.plan.job import Rows, rows_of_lengths
 from zhibei.plan.machines import parse_machine
 from zhibei.plan.search import MARGIN, ONE_CARD, search, what_would_fit
@@ -63,15 +64,51 @@ def test_what_would_have_to_give_is_named_and_works():
 def test_auto_becomes_values_and_a_cpu_keeps_its_own():
     run = run_of(*LORA).run
     on_card = settle(run, SHAPE, parse_machine("rtx4090"), ROWS)
-    assert set(on_card.values) == {"sft.micro_batch_tokens", "model.activation_checkpointing"}
+    assert set(on_card.values) == {"sft.micro_batch_tokens", "model.activation_checkpointing", "distributed.sharding"}
     assert on_card.search is not None
     assert on_card.search.chosen.job.num_gpus == 1
     on_cpu = settle(run, SHAPE, parse_machine("cpu-64g"), ROWS)
-    assert on_cpu.values == {"sft.micro_batch_tokens": 4096, "model.activation_checkpointing": "none"}
+    assert on_cpu.values == {
+        "sft.micro_batch_tokens": 4096,
+        "model.activation_checkpointing": "none",
+        "distributed.sharding": "no_shard",
+    }
     unknown = settle(run, None, parse_machine("rtx4090"), ROWS)
     assert unknown.values == on_cpu.values
-    fixed = run_of(*LORA, "sft.micro_batch_tokens=1024", "model.activation_checkpointing=none").run
+    fixed = run_of(
+        *LORA, "sft.micro_batch_tokens=1024", "model.activation_checkpointing=none", "distributed.sharding=no_shard"
+    ).run
     assert settle(fixed, SHAPE, parse_machine("rtx4090"), ROWS).values == {}
+
+
+def test_ranks_are_planned_as_many_as_there_are_and_divided_where_one_card_is_too_small():
+    run, node = run_of().run, parse_machine("a100-80g:4")
+    four = settle(run, SHAPE, node, ROWS, ranks=4, per_node=4)
+    assert four.search is not None
+    assert four.search.chosen.fits
+    assert four.search.chosen.job.num_gpus == 4
+    assert four.values["distributed.sharding"] in ("shard_grad_op", "full_shard")
+    adapters = settle(run_of(*LORA).run, SHAPE, node, ROWS, ranks=4, per_node=4)
+    assert adapters.values["distributed.sharding"] == "no_shard"
+    kept = settle(run_of("distributed.sharding=full_shard").run, SHAPE, node, ROWS, ranks=4, per_node=4)
+    assert "distributed.sharding" not in kept.values
+    assert kept.search is not None
+    assert kept.search.chosen.job.sharding == "full_shard"
+    by_rule = settle(run, None, parse_machine("cpu"), ROWS, ranks=2, per_node=2)
+    assert by_rule.values["distributed.sharding"] == "full_shard"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["model.method=qlora", "sft.optimizer=adamw_8bit", "model.quantize=nf4", "lora.modules_to_save=[lm_head]"],
+)
+def test_what_cannot_be_divided_is_planned_whole(setting):
+    more = () if "optimizer" in setting else ("model.method=lora",)
+    run = run_of(*more, setting).run
+    assert why_whole(run) is not None
+    machine = parse_machine("a100-80g:4")
+    assert search(run, SHAPE, machine, ROWS).chosen.job.sharding == "no_shard"
+    assert why_whole(run_of().run) is None
 
 
 def test_training_is_planned_on_one_card_and_without_offloading():

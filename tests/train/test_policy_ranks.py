@@ -59,7 +59,7 @@ def test_two_ranks_learn_from_rewards_what_one_learns(tmp_path: Path) -> None:
         if name not in DIVIDED
     }
     alone["grpo-divided"] = train(
-        small_policy(tmp_path, "grpo", *plain["grpo"], "model.method=full", "name=grpo-divided-alone")
+        small_policy(tmp_path, "grpo", *plain["grpo-divided"][:-1], "name=grpo-divided-alone")
     )
     alone["ppo-divided"] = alone["ppo-full"]
     orders = [

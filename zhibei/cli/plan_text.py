@@ -29,8 +29,8 @@ def lines(found: Search, machine: Machine, *, alternatives: list[str], price: fl
     yield from _phases(plan)
     yield Text("")
     yield from _around(found, price)
-    if found.chosen.job.num_gpus > 1 or found.chosen.job.offload != "none":
-        note = "several GPUs and offloading are planned already; this version trains on one GPU without offloading"
+    if found.chosen.job.num_gpus > 1:
+        note = "start it with zhibei launch; figures are of one GPU (docs/scale.md says what is assumed)"
         yield Text(f"  note        {note}", style="yellow")
     if found.others:
         yield Text("\nother ways:" if found.chosen.fits else "\nthe smallest other ways:", style="bold")

@@ -48,8 +48,8 @@ def look_ahead(run: RunFile, machine: Machine, *, sharding: str = "", offload: s
     wishes = Wishes(
         wishes.micro_batch_tokens,
         wishes.checkpointing,
-        _one_of(sharding, SHARDINGS, "--sharding"),
-        _one_of(offload, OFFLOADS, "--offload"),
+        _one_of(sharding, SHARDINGS, "--sharding") or wishes.sharding,
+        _one_of(offload, OFFLOADS, "--offload") or wishes.offload,
     )
     found = search(run, shape, machine, rows, wishes)
     alternatives = () if found.chosen.fits else tuple(what_would_fit(run, shape, machine, rows))

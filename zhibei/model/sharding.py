@@ -150,7 +150,9 @@ def rows_held(divided: DTensor) -> tuple[int, int]:
 
 
 def _embed(module: Any, dtype: torch.dtype, tokens_BT: torch.Tensor) -> torch.Tensor:
-    found = torch.nn.functional.embedding(tokens_BT, _beside(module, "weight", dtype))
+    # The row of the padding token learns nothing, as with whole weights.
+    weight_VD = _beside(module, "weight", dtype)
+    found = torch.nn.functional.embedding(tokens_BT, weight_VD, padding_idx=module.padding_idx)
     scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies
     return found if scale is None else found * scale.to(found.dtype)
 

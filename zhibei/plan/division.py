@@ -1,19 +1,26 @@
-"""What sharding and offloading take off one GPU, and what they need instead. Knows no phases.
+"""What sharding and offloading take off one GPU, and what they need instead (model/sharding.py). Knows no phases.
 
-Names of the guide: no_shard (every GPU holds everything), shard_grad_op (gradients and optimiser states divided),
-full_shard (weights too), hybrid (full_shard inside a node, copies across nodes). torch's FSDP2 gathers a layer at a
-time, so two layers (the one in use and the next) and embeddings with head lie undivided on each GPU.
+no_shard: every GPU holds everything. Otherwise each holds the first, second, ... equal part of every tensor's rows;
+what learns lies in fp32 and is its own master, gradients are fp32 parts, what is frozen keeps its type. A layer is
+gathered in the type that computes: two at a time (the one in use and the next) with full_shard and hybrid, all of them
+until the backward pass is over with shard_grad_op; embeddings and head are gathered whole for a pass. hybrid divides
+among the GPUs of a node only.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from zhibei.plan.holdings import Holdings
+from zhibei.config.policy import PolicySection
+from zhibei.config.run import RunFile
+from zhibei.plan.holdings import Holdings, adapter_shapes, in_model_order, rounded
 from zhibei.plan.job import Job
 from zhibei.plan.shapes import ModelShape
 
 GATHERED_LAYERS = 2
+FP32 = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,22 @@ class Divided:
     held: Holdings
     gathered: float = 0.0
     on_host: float = 0.0
+
+
+def why_whole(run: RunFile) -> str | None:
+    """The setting because of which every rank must hold whole models; None for a run whose weights can be divided."""
+    section = run.training
+    reasons = {
+        "model.method: qlora (packed weights are one tensor)": run.model.method == "qlora",
+        f"model.quantize: {run.model.quantize} (packed weights are one tensor)": run.model.quantize != "none",
+        "lora.modules_to_save": run.model.method != "full" and bool(run.lora.modules_to_save),
+        f"{run.stage}.optimizer: {section.optimizer} (it keeps figures of whole matrices)": section.optimizer
+        != "adamw",
+        f"model.method: {run.model.method} in stage {run.stage}": isinstance(section, PolicySection)
+        and run.model.method != "full",
+        "ppo.critic_from: reward_model": run.stage == "ppo" and run.ppo.critic_from == "reward_model",
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
 def ways_of(job: Job) -> int:
@@ -36,32 +59,53 @@ def ways_of(job: Job) -> int:
 
 
 def divided(shape: ModelShape, job: Job, held: Holdings) -> Divided:
-    """One GPU's part."""
+    """One GPU's part; that of the first, which has no fewer rows of any tensor than the others."""
     ways = ways_of(job)
-    divides_weights = job.sharding in ("full_shard", "hybrid") and ways > 1
-    part = replace(
-        held,
-        weights=held.weights // ways if divides_weights else held.weights,
-        masters=held.masters // ways,
-        states=held.states // ways,
-        gradients=held.gradients // ways,
-        gradient_sums=held.gradient_sums // ways,
-        trained_sizes=tuple(max(1, size // ways) for size in held.trained_sizes) if ways > 1 else held.trained_sizes,
-        trained=max(1, held.trained // ways),
-        largest_trained=held.largest_trained // ways,
-    )
-    gathers = divides_weights or job.offload == "all"
-    gathered = _gathered(shape, job) if gathers else 0.0
+    part = held if ways == 1 else part_of(shape, job, held, ways)
+    gathered = gathered_bytes(shape, job) if ways > 1 else 0.0
     on_host = 0.0
     if job.offload != "none":
-        on_host += part.masters + part.states
+        # Masters on the host are whole fp32 copies (train/optimizer.py); with divided weights so are their parts.
+        on_host += sum(rounded(FP32 * size) for size in part.trained_sizes) + part.states
         part = replace(part, masters=0, states=0)
     if job.offload == "all":
-        on_host += part.weights + part.gradients + part.gradient_sums
-        part = replace(part, weights=0, gradients=0, gradient_sums=0)
+        on_host += part.weights + part.adapters + part.gradients
+        part = replace(part, weights=0, adapters=0, gradients=0, gradient_sums=0)
     return Divided(part, gathered, on_host)
 
 
-def _gathered(shape: ModelShape, job: Job) -> float:
-    outside = shape.embedding_parameters + shape.head_parameters
-    return job.item_bytes * (GATHERED_LAYERS * shape.largest_layer_parameters + outside)
+def part_of(shape: ModelShape, job: Job, held: Holdings, ways: int) -> Holdings:
+    """What the first of so many ranks holds of a model that is divided among them."""
+    base = [part_elements(size, ways) for _, size in in_model_order(shape)]
+    adapters = [part_elements(size, ways) for size in adapter_shapes(shape, job)]
+    trained = adapters if job.trains_adapters else base
+    item = job.item_bytes if job.trains_adapters else FP32
+    in_fp32 = sum(rounded(FP32 * size) for size in trained)
+    return replace(
+        held,
+        weights=sum(rounded(item * size) for size in base),
+        adapters=in_fp32 if job.trains_adapters else 0,
+        masters=0,
+        states=2 * in_fp32,
+        gradients=in_fp32,
+        gradient_sums=0,
+        trained_sizes=tuple(trained),
+        trained=sum(trained),
+        largest_trained=max(trained, default=0),
+    )
+
+
+def part_elements(size: Iterable[int], ways: int) -> int:
+    """Of a tensor whose rows are dealt out as torch.chunk deals them: the first rank's."""
+    rows, *rest = size
+    return -(-rows // ways) * math.prod(rest)
+
+
+def gathered_bytes(shape: ModelShape, job: Job) -> float:
+    """Whole weights in use on top of the parts, and the whole gradients of one layer before they are divided: in the
+    type that computes, and in fp32 to be added up."""
+    outside = shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters)
+    layer = shape.largest_layer_parameters
+    layers = shape.num_layers * layer if job.sharding == "shard_grad_op" else GATHERED_LAYERS * layer
+    gradients = 0 if job.trains_adapters else (job.item_bytes + FP32) * layer
+    return job.item_bytes * (layers + outside) + gradients

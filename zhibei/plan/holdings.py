@@ -65,7 +65,9 @@ def holdings_of(shape: ModelShape, job: Job) -> Holdings:
         masters = 0 if item == 4 else sum(rounded(4 * n) for n in trained)
         shapes = dict(shape.tensors())
         tensors = [shapes[name] for name in base] if not job.trains_adapters else None
-        states = OPTIMIZER_STATES[job.optimizer](tensors or _adapter_shapes(shape, job, copied))
+        states = OPTIMIZER_STATES[job.optimizer](
+            tensors or [*adapter_shapes(shape, job), *((1, size) for size in copied)]
+        )
     return Holdings(
         weights=weight_bytes(shape, job),
         adapters=sum(rounded(item * n) for n in (*adapters, *copied)) if job.trains_adapters else 0,
@@ -145,10 +147,10 @@ def saved_modules(base: Mapping[str, int], job: Job) -> list[int]:
     return [size for name, size in base.items() if any(part in name.split(".") for part in wanted)]
 
 
-def _adapter_shapes(shape: ModelShape, job: Job, copied: list[int]) -> list[tuple[int, ...]]:
+def adapter_shapes(shape: ModelShape, job: Job) -> list[tuple[int, ...]]:
+    """The two matrices of every adapter."""
     adapted = [linear for linear in shape.linears() if linear.last_name in job.targets]
-    pairs = [pair for linear in adapted for pair in ((job.rank, linear.inputs), (linear.outputs, job.rank))]
-    return [*pairs, *((1, size) for size in copied)]
+    return [pair for linear in adapted for pair in ((job.rank, linear.inputs), (linear.outputs, job.rank))]
 
 
 def _adamw(shapes: list[tuple[int, ...]]) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from zhibei.config.run import RunFile
 from zhibei.config.training import TOKENS_PER_PASS
 from zhibei.plan.disk import disk_of
+from zhibei.plan.division import why_whole
 from zhibei.plan.holdings import Holdings, holdings_of
 from zhibei.plan.job import OFFLOADS, SHARDINGS, Job, Offload, Rows, Sharding, Ways, job_of, with_answers
 from zhibei.plan.machines import Machine, parse_machine
@@ -24,6 +25,7 @@ from zhibei.store.reward_models import shared_judge
 
 MARGIN = 0.03
 """Share of the card that a proposed plan leaves free: more than the worst error of the measured grid."""
+DIVIDING_MUST_EARN = 0.97
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CHECKPOINTINGS = ("none", "selective", "full")
 CPU_BUDGET, CPU_CHECKPOINTING = TOKENS_PER_PASS, "none"
@@ -109,7 +111,13 @@ class Search:
 def wishes_of(run: RunFile) -> Wishes:
     """What the run file itself fixes."""
     budget, how = run.training.micro_batch_tokens, run.model.activation_checkpointing
-    return Wishes(budget if isinstance(budget, int) else None, None if how == AUTO else how)
+    sharding, offload = run.distributed.sharding, run.distributed.offload
+    return Wishes(
+        budget if isinstance(budget, int) else None,
+        None if how == AUTO else how,
+        None if sharding == AUTO else sharding,
+        None if offload == "none" else offload,
+    )
 
 
 def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes: Wishes | None = None) -> Search:
@@ -138,13 +146,14 @@ def _overflow(candidate: Candidate) -> float:
     """How far beyond card or host, whichever is worse."""
     plan = candidate.memory
     on_card = plan.device_gib / plan.capacity_gib if plan.capacity_gib else 0.0
-    return max(on_card, plan.host_gib / plan.host_capacity_gib if plan.host_capacity_gib else 0.0)
+    return max(on_card, plan.needed_host_gib / plan.host_capacity_gib if plan.host_capacity_gib else 0.0)
 
 
 def _slowness(candidate: Candidate) -> tuple[float, float]:
     speed = 0.0 if candidate.speed is None else -candidate.speed.tokens_per_s
-    # Of equally fast ways, the one with more room.
-    return round(speed, 0), candidate.memory.device_gib
+    # Dividing must earn more than the model of throughput can know. Of equally fast ways, the one with more room.
+    factor = DIVIDING_MUST_EARN if candidate.job.num_gpus > 1 and candidate.job.sharding != "no_shard" else 1.0
+    return round(speed * factor, 0), candidate.memory.device_gib
 
 
 def _others(ordered: list[Candidate], most: int = 4) -> tuple[Candidate, ...]:
@@ -165,10 +174,12 @@ def _kind(candidate: Candidate) -> tuple[str, str, str]:
 def _candidates(question: Question, wishes: Wishes, steps: int | None) -> Iterator[Candidate]:
     machine, rows = question.machine, question.rows
     on_gpu, known = bool(machine.gpus), {}
-    for sharding in _choices(wishes.sharding, SHARDINGS if machine.num_gpus > 1 else ("no_shard",)):
+    can_divide = machine.num_gpus > 1 and why_whole(question.run) is None
+    for sharding in _choices(wishes.sharding, SHARDINGS if can_divide else ("no_shard",)):
         if sharding == "hybrid" and machine.num_nodes < 2 and wishes.sharding is None:
             continue
-        for offload in _choices(wishes.offload, OFFLOADS if on_gpu else ("none",)):
+        offloads = OFFLOADS if machine.num_gpus > 1 and sharding != "no_shard" else OFFLOADS[:2]
+        for offload in _choices(wishes.offload, offloads if on_gpu else ("none",)):
             for how in _choices(wishes.checkpointing, CHECKPOINTINGS if on_gpu else (CPU_CHECKPOINTING,)):
                 for budget in budgets_of(question.run, rows, wishes, on_gpu=on_gpu):
                     yield candidate_of(question, Ways(budget, how, sharding, offload), known, steps=steps)
@@ -204,7 +215,7 @@ def candidate_of(question: Question, ways: Ways, known: dict[bool, Holdings | No
 
 
 ONE_CARD = Wishes(sharding="no_shard", offload="none")
-"""How this version trains. Sharding and offload can be planned."""
+"""One process that keeps everything on its card."""
 
 
 def what_would_fit(
@@ -212,7 +223,7 @@ def what_would_fit(
 ) -> list[str]:
     """What would have to give, a line per way that works: another method, another card, more of them, shorter rows.
 
-    With `wishes=ONE_CARD` only what this version can train.
+    With `wishes=ONE_CARD` only ways for one process, without offloading.
     """
     wishes = wishes or Wishes()
     is_planned_only = wishes != ONE_CARD

@@ -1,6 +1,7 @@
-"""What `auto` becomes: the micro-batch and the checkpointing that the plan chose. Knows plans, not trainers.
+"""What `auto` becomes: the micro-batch, the checkpointing and the sharding that the plan chose. Knows plans, not
+trainers.
 
-Training uses one GPU without offloading so far, so that is what is planned here; `zhibei plan` also looks further.
+Planned is what the ranks that are there will do, on as many GPUs; `zhibei plan` also looks further.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zhibei.config.run import RunFile
+from zhibei.plan.division import why_whole
 from zhibei.plan.job import Rows
 from zhibei.plan.machines import Machine
-from zhibei.plan.search import AUTO, CPU_BUDGET, CPU_CHECKPOINTING, Search, Wishes, search, wishes_of
+from zhibei.plan.search import AUTO, CPU_BUDGET, CPU_CHECKPOINTING, Search, search, wishes_of
 from zhibei.plan.shapes import ModelShape
 
 
@@ -24,25 +26,30 @@ class Settled:
     machine: Machine | None = None
 
 
-def settle(run: RunFile, shape: ModelShape | None, machine: Machine, rows: Rows) -> Settled:
-    """Plan the run as it will be trained, and the values of fields that say auto.
+def settle(
+    run: RunFile, shape: ModelShape | None, machine: Machine, rows: Rows, *, ranks: int = 1, per_node: int = 1
+) -> Settled:
+    """Plan the run as it will be trained by so many ranks, `per_node` of them on each node, and the values of fields
+    that say auto. Each rank has one GPU like the first of `machine`.
 
     Without a GPU, or for a model whose sizes are not known: passes of 4096 tokens (or the longest row), nothing
-    recomputed. When nothing fits, the smallest plan is taken: `zhibei check` says what would have to give.
+    recomputed, and of several ranks each has a part of what learns, where it can be divided and is not adapters. When
+    nothing fits, the smallest plan is taken: `zhibei check` says what would have to give.
     """
-    one = replace(machine, gpus=machine.gpus[:1], num_nodes=1)
+    used = replace(machine, gpus=machine.gpus[:1] * per_node, num_nodes=ranks // per_node)
     found = None
     if shape is not None:
-        wishes = wishes_of(run)
-        found = search(
-            run, shape, one, rows, Wishes(wishes.micro_batch_tokens, wishes.checkpointing, "no_shard", "none")
-        )
+        # What the run file does not ask for is not offloaded: it is a way to train where nothing else fits.
+        found = search(run, shape, used, rows, replace(wishes_of(run), offload=run.distributed.offload))
     values: dict[str, Any] = {}
-    has_plan = found is not None and bool(one.gpus)
+    has_plan = found is not None and bool(used.gpus)
+    if run.distributed.sharding == AUTO:
+        by_rule = "full_shard" if ranks > 1 and run.model.method == "full" and why_whole(run) is None else "no_shard"
+        values["distributed.sharding"] = found.chosen.job.sharding if found is not None and has_plan else by_rule
     if run.training.micro_batch_tokens == AUTO:
         budget = found.chosen.micro_batch_tokens if found is not None and has_plan else max(CPU_BUDGET, rows.longest)
         values[f"{run.stage}.micro_batch_tokens"] = budget
     if run.model.activation_checkpointing == AUTO:
         how = found.chosen.job.checkpointing if found is not None and has_plan else CPU_CHECKPOINTING
         values["model.activation_checkpointing"] = how
-    return Settled(values, found, one)
+    return Settled(values, found, used)

@@ -23,6 +23,7 @@ from zhibei.model.ranks import current
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.model.score_model import load_score_model
 from zhibei.model.sharding import shard
+from zhibei.plan.division import why_whole
 from zhibei.plan.settle import Settled
 from zhibei.store.shards import Writable
 from zhibei.text.families import find_template
@@ -133,7 +134,8 @@ def read_rows(
     if on_audit is not None:
         on_audit(items.rows)
     settled = settled_for(device, run, items.lengths)
-    resolved = with_planned(resolved, {**settled.values, **sharding_of(run)})
+    resolved = with_planned(resolved, settled.values)
+    require_dividable(resolved.run)
     run, rows = resolved.run, items.rows
     batches, heldout = make_batches(run, items, pad_token=tokenizer.pad_id, device=device)
     planned = {**plan_intervals(run, num_steps=batches.num_steps), **_named(rows, run)}
@@ -150,27 +152,29 @@ def read_rows(
     )
 
 
-def sharding_of(run: RunFile) -> dict[str, Any]:
-    """What `distributed.sharding: auto` becomes: full training is divided, adapters on a whole base are not."""
-    if run.distributed.sharding != "auto":
-        return {}
-    is_divided = current().are_several and run.model.method == "full"
-    return {"distributed.sharding": "full_shard" if is_divided else "no_shard"}
-
-
 def divides(run: RunFile) -> bool:
     """Whether weights are divided among ranks, so that only rank 0 reads them."""
     return current().are_several and run.distributed.sharding != "no_shard"
 
 
-def require_offloadable(run: RunFile) -> None:
-    """Raises UserError where whole weights should lie on the host: a card then has nothing to compute with."""
+def require_dividable(run: RunFile) -> None:
+    """Raises UserError where weights cannot be divided as the run file says, or whole ones should lie on the host: a
+    card then has nothing to compute with."""
     if run.distributed.offload == "all" and not divides(run):
         raise UserError(
             "distributed.offload: all, and every rank holds the whole model",
             expected="weights that are divided among several ranks, or only the optimiser on the host",
             fix="set distributed.offload: optimizer, or start several ranks with distributed.sharding: full_shard",
             where="distributed.offload",
+        )
+    reason = why_whole(run)
+    if divides(run) and reason is not None:
+        raise UserError(
+            f"distributed.sharding: {run.distributed.sharding} with {reason}",
+            expected="whole models on every rank; gradients are added up either way",
+            fix="set distributed.sharding: no_shard (with distributed.offload: optimizer to save more), or change that "
+            "setting",
+            where="distributed.sharding",
         )
 
 
@@ -188,7 +192,6 @@ def require_rows(run: RunFile) -> None:
 def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
     """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the task."""
     ranks = current()
-    require_offloadable(run)
     shard(
         model,
         run.distributed.sharding,

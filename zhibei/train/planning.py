@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from zhibei.config.errors import UserError
 from zhibei.config.run import RunFile
 from zhibei.data.prepared import PreparedSet
 from zhibei.model.locate import locate
+from zhibei.model.ranks import current, ranks_asked
 from zhibei.plan.cards import known_card
 from zhibei.plan.document import as_document
 from zhibei.plan.job import rows_of_lengths
-from zhibei.plan.machines import Gpu, Machine
+from zhibei.plan.machines import Gpu, Machine, machine_of
 from zhibei.plan.memory import CONTEXT_GIB
 from zhibei.plan.settle import Settled, settle
 from zhibei.plan.shapes import ModelShape, read_shape
@@ -33,8 +35,18 @@ def settled_on(device: torch.device, run: RunFile, rows: PreparedSet) -> Settled
 
 def settled_for(device: torch.device, run: RunFile, lengths: Sequence[int]) -> Settled:
     """The same from the tokens of what is never torn apart, a row or a pair."""
-    machine = Machine("this machine", (gpu_of_device(device),) if device.type == "cuda" else ())
-    return settle(run, shape_of_model(run), machine, rows_of_lengths(lengths, global_batch=run.training.global_batch))
+    ranks = ranks_asked()
+    machine = Machine("this machine")
+    if device.type == "cuda":
+        gpu = gpu_of_device(device)
+        card = known_card(gpu.name, gpu.memory_gib)
+        # The ranks must choose alike, so that links are taken from the card and not measured by each.
+        around = machine_of(card, num_gpus=ranks.per_node, num_nodes=ranks.world // ranks.per_node) if card else machine
+        machine = replace(machine, gpus=(gpu,), gpu_link=around.gpu_link, node_link_gb_per_s=around.node_link_gb_per_s)
+    rows = rows_of_lengths(lengths, global_batch=run.training.global_batch)
+    settled = settle(run, shape_of_model(run), machine, rows, ranks=ranks.world, per_node=ranks.per_node)
+    # Free memory differs from card to card; what rank 0 has chosen is what all do.
+    return replace(settled, values=current().from_first(settled.values))
 
 
 def gpu_of_device(device: torch.device) -> Gpu:

@@ -34,11 +34,11 @@ from zhibei.train.materials import (
     GPU_PAD_MULTIPLE,
     Materials,
     check_vocabulary,
-    sharding_of,
+    require_dividable,
 )
 from zhibei.train.planning import settled_for
 from zhibei.train.policy_loss import PTX, head_of
-from zhibei.train.policy_models import require_dividable, roles_of, steppers
+from zhibei.train.policy_models import roles_of, steppers
 from zhibei.train.prompt_cursor import PromptCursor
 from zhibei.train.reward_sources import Reward, place_of_reward_model, plan_reward, reward_of
 from zhibei.train.schedule import require_peak
@@ -254,7 +254,7 @@ def planned(
 ) -> tuple[ResolvedRun, Any]:
     """The run with what was left open filled in; a pass takes at least the longest prompt with the longest answer."""
     settled = settled_for(device, resolved.run, rows.train.lengths.tolist())
-    resolved = with_planned(resolved, {**settled.values, **sharding_of(resolved.run)})
+    resolved = with_planned(resolved, settled.values)
     run = resolved.run
     longest = int(rows.train.lengths.max()) + run.training.max_new_tokens  # pyright: ignore[reportAttributeAccessIssue]
     name = f"{run.stage}.micro_batch_tokens"

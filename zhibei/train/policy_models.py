@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from zhibei.config.errors import UserError
 from zhibei.config.policy import PolicySection, PpoSection, RatioSection
 from zhibei.config.run import RunFile
 from zhibei.model.device import choose_device
@@ -16,7 +15,7 @@ from zhibei.model.ranks import current
 from zhibei.model.roles import Cast, Roles, load_roles
 from zhibei.model.savings import checkpoint_activations, compile_layers
 from zhibei.model.sharding import shard
-from zhibei.train.materials import divides, require_offloadable
+from zhibei.train.materials import divides
 from zhibei.train.optimizer import make_optimizer
 from zhibei.train.policy_loss import head_of, policy_loss, shape_of, value_loss
 from zhibei.train.step import Stepper
@@ -24,31 +23,6 @@ from zhibei.train.token_loss import token_loss
 
 KL_IN_LOSS = ("grpo", "dr_grpo")
 """Methods whose KL to the reference is part of the loss; the others take it off the reward."""
-
-
-def require_dividable(run: RunFile) -> None:
-    """Raises UserError for models that share one base or begin as another model, where they would be divided."""
-    require_offloadable(run)
-    if not divides(run):
-        return
-    reason = next(
-        filter(
-            None,
-            [
-                run.model.method != "full" and f"model.method: {run.model.method}",
-                run.distributed.offload == "all" and "distributed.offload: all",
-                run.stage == "ppo" and run.ppo.critic_from == "reward_model" and "ppo.critic_from: reward_model",
-            ],
-        ),
-        None,
-    )
-    if reason is not None:
-        raise UserError(
-            f"distributed.sharding: {run.distributed.sharding} with {reason} in a run of stage {run.stage}",
-            expected="whole copies on every rank, or model.method: full with a critic that begins at zero",
-            fix="set distributed.sharding: no_shard (adapters on one base are small), or offload: optimizer",
-            where="distributed.sharding",
-        )
 
 
 def roles_of(
@@ -114,6 +88,7 @@ def make_ready(run: RunFile, roles: Roles) -> None:
             ranks=current(),
             device=choose_device(run.device),
             compute_dtype=model.dtype,
+            offload=run.distributed.offload == "all",
         )
     roles.divided()
     how = run.model.activation_checkpointing

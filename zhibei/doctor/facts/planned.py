@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from zhibei.data.prepared_cache import cache_root
 from zhibei.data.readers import as_source
 from zhibei.doctor.facts.facts import Facts
 from zhibei.plan.job import Rows, rows_of_lengths
-from zhibei.plan.search import ONE_CARD, what_would_fit
+from zhibei.plan.machines import Machine
+from zhibei.plan.search import ONE_CARD, search, what_would_fit
 from zhibei.plan.settle import settle
+from zhibei.plan.shapes import ModelShape
 from zhibei.store.files import read_json
 
 SAME_MASKING = ("max_tokens", "too_long", "supervise", "validation", "system")
@@ -71,7 +74,8 @@ def _made_of(index: Path) -> dict[str, Any]:
 def with_plan(facts: Facts, prepared: PreparedSet | None) -> Facts:
     """The facts with the plan of the run on their machine, and with the values that the plan fills in.
 
-    Training uses one card so far. Nothing is planned for a model whose sizes are not known.
+    Planned is for the ranks that were started (one, unless WORLD_SIZE says otherwise). Nothing is planned for a model
+    whose sizes are not known.
     """
     run, shape = facts.run, facts.model.shape if facts.model is not None else None
     if shape is None or facts.resolved is None:
@@ -80,14 +84,25 @@ def with_plan(facts: Facts, prepared: PreparedSet | None) -> Facts:
     rows = rows_of_lengths(lengths, global_batch=run.training.global_batch) if lengths else assumed_rows(run)
     # A run that is told to compute on the CPU uses no card that may be there.
     machine = replace(facts.machine, gpus=()) if run.device == "cpu" else facts.machine
-    settled = settle(run, shape, machine, rows)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks)))
+    settled = settle(run, shape, machine, rows, ranks=ranks, per_node=per_node)
     facts = replace(facts, resolved=with_planned(facts.resolved, settled.values))
     if settled.search is None:
         return facts
     plan = settled.search.chosen.memory
+    return replace(facts, plan=plan, plan_remedies=() if plan.fits else remedies_for(run, shape, machine, rows))
+
+
+def remedies_for(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) -> tuple[str, ...]:
+    """What would fit on one card, and whether all cards of the machine together would do."""
     one_card = replace(machine, gpus=machine.gpus[:1], num_nodes=1)
-    remedies = () if plan.fits else tuple(what_would_fit(run, shape, one_card, rows, wishes=ONE_CARD))
-    return replace(facts, plan=plan, plan_remedies=remedies)
+    found = what_would_fit(run, shape, one_card, rows, wishes=ONE_CARD)
+    if len(machine.gpus) > 1:
+        best = search(run, shape, replace(machine, num_nodes=1), rows).chosen
+        if best.fits:
+            found.insert(0, f"all {len(machine.gpus)} GPUs of this machine, by zhibei launch ({best.words})")
+    return tuple(found)
 
 
 PROBE_STEPS, WARM_UP_STEPS = 20, 2
