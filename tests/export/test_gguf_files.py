@@ -176,6 +176,26 @@ def test_an_adapter_is_merged_while_it_is_read(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    ("targets", "num_matrices"), [(["q_proj", "lm_head"], 2), (["q_proj", "embed_tokens"], 2), (["q_proj"], 1)]
+)
+def test_an_adapter_on_one_half_of_a_tied_embedding_makes_two_matrices(
+    targets: list[str], num_matrices: int, tmp_path: Path
+) -> None:
+    base = tiny_model_folder(tmp_path, family="qwen2")
+    adapter = adapter_folder(base, tmp_path / "adapter", size=0.05, target_modules=targets)
+    (made,) = export_gguf(str(adapter), tmp_path / "out.gguf", types=["F32"])
+    names = [tensor.name for tensor in gguf.GGUFReader(made.paths[0]).tensors]
+    assert ("output.weight" in names) + ("token_embd.weight" in names) == num_matrices
+    row = list(range(4, 40))
+    with torch.no_grad():
+        expected = with_adapter(base, adapter)(torch.tensor([row])).logits[0].numpy()
+    side = GgufSide(made.paths[0])
+    found = side.logits([row])[0]
+    side.close()
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
