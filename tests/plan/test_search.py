@@ -150,3 +150,19 @@ def test_what_can_be_trained_now_names_neither_more_cards_nor_offload() -> None:
     assert any("such GPUs" in way for way in planned)
     assert today
     assert not any("such GPUs" in way or "host" in way or "shard" in way for way in today)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "iterations"),
+    [
+        ("ppo", {}, -(-1000 // 32)),
+        ("grpo", {"answers_per_prompt": 8}, -(-1000 // 4)),
+        ("raft", {"answers_per_prompt": 8, "keep_share": 0.125}, -(-1000 // 32)),
+    ],
+)
+def test_steps_of_a_policy_are_iterations_and_no_time_is_told(stage: str, settings: dict[str, float], iterations: int):
+    values = {"reward": "number", "global_batch": 16, "minibatches": 2, **settings}
+    overrides = [f"stage={stage}", *(f"{stage}.{name}={value}" for name, value in values.items())]
+    planned = search(run_of(*overrides).run, SHAPE, parse_machine("h200"), Rows(128, 64.0, 1000))
+    assert planned.total_steps == iterations
+    assert (planned.total_tokens, planned.hours) == (None, None)

@@ -25,7 +25,7 @@ FIGURES = {
 
 
 def test_runs_that_compare_nothing_have_no_such_section(tmp_path: Path) -> None:
-    assert sections_of(read_inputs(fake_run(tmp_path))) == TRAINING_PAGE
+    assert tuple(sections_of(read_inputs(fake_run(tmp_path)))) == TRAINING_PAGE
 
 
 def test_accuracy_interval_sources_and_length_are_told(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rich.text import Text
 from zhibei.plan.machines import Machine
 from zhibei.plan.memory import CONTEXT_GIB, RESERVE_SHARE, MemoryPlan
 from zhibei.plan.search import MARGIN, Search
+from zhibei.plan.stages import WRITING
 
 BAR = 32
 COLOURS = {
@@ -98,6 +99,11 @@ def _around(found: Search, price: float | None) -> Iterator[Text]:
         yield Text(f"  disk        {plan.disk.peak_gib:.1f} GiB at most ({files})")
     if speed is None:
         yield Text("  time        not known: the card's rate is not in the table, or there is no GPU", style="dim")
+        return
+    if found.chosen.job.stage in WRITING:
+        steps = "" if found.total_steps is None else f" for {found.total_steps:,} iterations"
+        text = f"not estimated{steps}: most of it goes to writing answers, whose lengths no one knows beforehand"
+        yield Text(f"  time        {text}", style="dim")
         return
     if found.hours is None:
         text = f"{speed.tokens_per_s:,.0f} tokens/s; how many tokens is not known before rows are prepared"

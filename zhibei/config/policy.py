@@ -92,7 +92,7 @@ class RatioSection(PolicySection):
     """Estimator of the KL to the reference per token (Schulman 2020): k1 unbiased, k2 the square, k3 never negative."""
     importance_clip: NotNegative = 0
     """Weigh each token's loss by how much likelier the learning policy finds it than the engine that drew it, at most
-    this (truncated importance sampling, arXiv:1802.01561); 2 is common with engine: vllm, 0 is off."""
+    this (truncated importance sampling, as in arXiv:1802.01561); 2 is common with engine: vllm, 0 is off."""
     stop_at_kl: NotNegative = 0
     """End the passes over an iteration's answers once the policy is this far (nats per token, k3) from the one that
     wrote them; 0 is off."""
@@ -127,9 +127,8 @@ class PpoSection(RatioSection):
     """Trade of bias for variance in the advantages (arXiv:1506.02438)."""
     truncated: Literal["ended", "bootstrap"] = "ended"
     """What an answer is that was cut off at max_new_tokens. ended: an answer like others, with its score: the limit is
-    part of the task, as in arXiv:1712.00378, section 3. bootstrap: one that would have gone on: in the place of its
-    score, which was given to something unfinished, stands what the critic expects after its last token (the same
-    paper, section 4)."""
+    part of the task (case i of arXiv:1712.00378). bootstrap: one that would have gone on: in the place of its score,
+    which was given to something unfinished, stands what the critic expects after its last token (case ii there)."""
     value_clip: NotNegative = 0.2
     """The critic moves at most so far per iteration; 0 is off."""
     whiten_advantages: bool = True
@@ -177,5 +176,5 @@ class RaftSection(PolicySection):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of sampling. What is kept is learned as rows are in stage sft."""
     kl_coefficient: NotNegative = 0
-    """Weight of the KL to the reference, taken off the reward before answers are compared (arXiv:2304.06767, section
-    3.2). 0 keeps no reference."""
+    """Weight of the KL to the reference, taken off the reward before answers are compared, as arXiv:2304.06767 does
+    in its variant with a KL. 0 keeps no reference."""

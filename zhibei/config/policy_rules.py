@@ -105,5 +105,14 @@ def prompts_of_iteration(run: RunFile) -> float:
     return run.raft.global_batch * run.raft.minibatches / kept_of_prompt(run)
 
 
+def prompts_per_iteration(run: RunFile) -> int:
+    """How many prompts an iteration of ppo, grpo or raft answers."""
+    section = run.training
+    written = section.global_batch * getattr(section, "minibatches", 1)
+    if run.stage == "raft":
+        return round(prompts_of_iteration(run))
+    return written // (run.grpo.answers_per_prompt if run.stage == "grpo" else 1)
+
+
 def is_whole(number: float) -> bool:
     return abs(number - round(number)) < WHOLE and round(number) >= 1

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zhibei.config.policy_rules import prompts_per_iteration
 from zhibei.config.run import RunFile
 from zhibei.config.training import TOKENS_PER_PASS
 from zhibei.plan.disk import disk_of
@@ -20,7 +21,7 @@ from zhibei.plan.machines import Machine, parse_machine
 from zhibei.plan.memory import MemoryPlan, plan_memory
 from zhibei.plan.shapes import ModelShape
 from zhibei.plan.speed import Speed, speed_of
-from zhibei.plan.stages import body_of
+from zhibei.plan.stages import WRITING, body_of
 from zhibei.store.reward_models import shared_judge
 
 MARGIN = 0.03
@@ -98,8 +99,9 @@ class Search:
     chosen: Candidate
     others: tuple[Candidate, ...]
     total_steps: int | None
-    """None where the number of rows is not known."""
+    """None where the number of rows is not known. Of a policy: iterations."""
     total_tokens: float | None
+    """None also for a policy: how long its answers become, and what writing and scoring take, is not estimated."""
 
     @property
     def hours(self) -> float | None:
@@ -124,7 +126,9 @@ def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes
     """The fastest plan that fits, within the wishes (by default those of the run file)."""
     wishes, rows = wishes or wishes_of(run), with_answers(run, rows)
     steps = total_steps(run, rows)
-    tokens = None if steps is None else steps * run.training.global_batch * rows.mean_tokens
+    tokens = None
+    if steps is not None and run.stage not in WRITING:
+        tokens = steps * run.training.global_batch * rows.mean_tokens
     candidates = list(_candidates(Question(run, shape, machine, rows, shared_judge(run)), wishes, steps))
     fitting = sorted((each for each in candidates if each.fits), key=_slowness)
     smallest = sorted(candidates, key=_overflow)
@@ -133,13 +137,14 @@ def search(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows, wishes
 
 
 def total_steps(run: RunFile, rows: Rows) -> int | None:
-    """Optimiser steps of the run; None where the number of rows is not known."""
+    """Optimiser steps of the run, iterations of a policy; None where the number of rows is not known."""
     section = run.training
     if section.max_steps is not None:
         return section.max_steps
     if rows.num_rows is None:
         return None
-    return max(1, -(-round(section.epochs * rows.num_rows) // section.global_batch))
+    rows_per_step = prompts_per_iteration(run) if run.stage in WRITING else section.global_batch
+    return max(1, -(-round(section.epochs * rows.num_rows) // rows_per_step))
 
 
 def _overflow(candidate: Candidate) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.policy import PolicySection, PpoSection
-from zhibei.config.policy_rules import prompts_of_iteration
+from zhibei.config.policy_rules import prompts_per_iteration
 from zhibei.config.resolve import ResolvedRun, plan_intervals, with_planned
 from zhibei.config.run import RunFile
 from zhibei.data.batches import Batch, Batches, BatchPlan
@@ -216,15 +216,9 @@ def plan_without_models(
 
 def cursor_of(run: RunFile, section: PolicySection, *, num_prompts: int) -> PromptCursor:
     """Which prompts each iteration answers: as many as make its answers, each prompt `answers_per_prompt` times."""
-    written = section.global_batch * section.minibatches
-    per_iteration = {
-        "ppo": written,
-        "grpo": written // run.grpo.answers_per_prompt,
-        "raft": round(prompts_of_iteration(run)) if run.stage == "raft" else 0,
-    }
     return PromptCursor(
         num_prompts=num_prompts,
-        per_iteration=per_iteration[run.stage],
+        per_iteration=prompts_per_iteration(run),
         epochs=section.epochs,
         max_steps=section.max_steps,
         seed=run.seed,
