@@ -15,7 +15,7 @@ from zhibei.model.ranks import own_part
 from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.checkpoint_files import Groups
 from zhibei.train.policy_materials import PolicyMaterials
-from zhibei.train.resume import Progress, load_weights
+from zhibei.train.resume import Progress, load_optimizer, load_weights
 from zhibei.train.resume import share as share_of_run
 from zhibei.train.reward_shaping import RunningScale
 
@@ -76,8 +76,7 @@ def put_back(path: Path, parts: PolicyMaterials, state: PolicyState) -> None:
     groups, plain = load_checkpoint(path)
     stepper = parts.materials.stepper
     load_weights(parts.roles.policy, groups["model"], where=path)
-    if "optimizer" in groups:
-        stepper.optimizer.load(OwnParts(groups["optimizer"], stepper.parameters))
+    load_optimizer(stepper, groups.get("optimizer"), groups["model"])
     stepper.load_state(plain["stepper"])
     restore_rest(path, parts)
     state.roll_backs += 1
@@ -110,7 +109,6 @@ def restore_rest(path: Path, parts: PolicyMaterials) -> PolicyState:
         weights = OwnParts(groups["critic"], own)
         for name, parameter in own.items():
             own_part(parameter.data).copy_(weights[name])
-        if "critic_optimizer" in groups:
-            parts.critic.optimizer.load(OwnParts(groups["critic_optimizer"], own))
+        load_optimizer(parts.critic, groups.get("critic_optimizer"), groups["critic"])
         parts.critic.load_state(plain["critic_stepper"])
     return PolicyState.from_dict(plain["policy"])

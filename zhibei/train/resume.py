@@ -16,6 +16,7 @@ from zhibei.model.ranks import Ranks, own_part
 from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.checkpoint_files import Groups
 from zhibei.store.parts import StoredTensors
+from zhibei.train.optimizer_forms import load_states
 from zhibei.train.saving import Saver
 from zhibei.train.step import Stepper
 
@@ -72,8 +73,7 @@ def restore(path: Path, stepper: Stepper, *, key: str) -> Progress:
             where=str(path),
         )
     load_weights(stepper.model, groups["model"], where=path)
-    if "optimizer" in groups:
-        stepper.optimizer.load(OwnParts(groups["optimizer"], stepper.parameters))
+    load_optimizer(stepper, groups.get("optimizer"), groups["model"])
     set_random_states(of_rank(groups["random"], stepper.ranks), stepper.model.device)
     stepper.load_state(state["stepper"])
     return Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
@@ -101,6 +101,13 @@ def load_weights(model: LanguageModel, tensors: StoredTensors, *, where: Path) -
                 where=str(where),
             )
         own_part(parameter.data).copy_(own[name])
+
+
+def load_optimizer(stepper: Stepper, states: StoredTensors | None, weights: StoredTensors) -> None:
+    """Put an optimiser's states back, in whatever form they were saved; None: it had none yet. After `load_weights`."""
+    if states is not None:
+        own = stepper.parameters
+        load_states(stepper.optimizer, OwnParts(states, own), OwnParts(weights, own))
 
 
 def random_states_of(device: torch.device, ranks: Ranks) -> dict[str, torch.Tensor]:
