@@ -307,7 +307,8 @@ class Pulse:
     def _verdict(self, now: float, still: float) -> list[tuple[Beat, str]]:
         if still < self.silence_seconds:
             return []
-        out_of_reach = self._out_of_reach(now, seconds=self.silence_seconds)
+        # Rank 0 falls silent together with its store: that no answer comes at all says more.
+        out_of_reach = self._out_of_reach(now, seconds=0.8 * self.silence_seconds)
         if out_of_reach:
             return out_of_reach
         blame = blamed(self.own(), list(self._seen.values()), now=now, silence_seconds=self.silence_seconds)

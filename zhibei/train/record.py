@@ -65,9 +65,12 @@ class Recorder:
         """One optimiser step: loss in nats per unit, speed in real (unpadded) tokens per second.
 
         `figures`: epoch, learning_rate, seconds (of the step), data_seconds (waited for its rows before it),
-        skipped_steps (so far) and skipped_in_row.
+        skipped_steps (so far) and skipped_in_row. With several ranks, all must call it: their own seconds are gathered.
         """
         seconds = figures.pop("seconds")
+        ranks = current()
+        if ranks.are_several:
+            figures["rank_seconds"] = ranks.gathered(round(record.own_seconds, 6))
         self.write(
             "train",
             step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ class StepRecord:
     num_micro_batches: int
     was_skipped: bool = False
     num_learned_tokens: int = 0
+    own_seconds: float = 0.0
+    """What this rank's own passes took, before it waited for the gradients of the others; 0 for one rank."""
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -130,6 +133,7 @@ class Stepper:
                 fix="look at the mask with: zhibei data show",
                 where="data.supervise",
             )
+        started = time.monotonic()
         # Gradients of ranks are added in fp32 like those of passes.
         self._is_summing = len(micro_batches) > 1 or self.ranks.are_several
         total = torch.zeros((), device=self.model.device)
@@ -143,6 +147,7 @@ class Stepper:
                 raise nothing_learns()
             (batch_sum * (self.scale.value / num_units)).backward()
             total += batch_sum.detach()
+        own_seconds = self._own_seconds(started)
         gradients = self._gradients()
         if not gradients:
             raise nothing_learns()
@@ -160,6 +165,7 @@ class Stepper:
             num_tokens=num_tokens,
             num_micro_batches=len(micro_batches),
             num_learned_tokens=num_learned,
+            own_seconds=own_seconds,
             figures=dict(zip(figures, others, strict=True)),
         )
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -170,6 +176,15 @@ class Stepper:
         self.scale.went_well()
         self.effective_steps += learning_rate > 0
         return record
+
+    def _own_seconds(self, started: float) -> float:
+        """Seconds since then, once the device is done. Among divided layers ranks wait for one another all the time, so
+        that this tells them apart only where each holds the whole model."""
+        if not self.ranks.are_several:
+            return 0.0
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.monotonic() - started
 
     def _note_reached(self, names: tuple[str, ...], norms_N: torch.Tensor) -> None:
         """Remember on the device which gradients were ever more than zero; read only by `look`."""
