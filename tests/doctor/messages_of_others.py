@@ -93,6 +93,12 @@ MESSAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.", ("rl-rollout-hang-oom-silent",)),
     ("llama_model_load: error loading model: error loading model architecture: unknown model architecture: 'qwen3vl'", ("gguf-arch-unsupported",)),
     ("FileNotFoundError: File not found: merged/tokenizer.model", ("gguf-no-tokenizer-model", "file-missing")),
+    ("error loading model: error loading model vocabulary: unknown tokenizer: 't5x'", ("gguf-tokenizer-without-engine",)),
+    (
+        "llama_tensor_get_type : tensor cols 14464 x 4096 are not divisible by 256, required for q3_K - using fallback "
+        "quantization iq4_nl",
+        ("gguf-rows-no-multiple-of-block",),
+    ),
     ("ERROR:lora-to-gguf:Unexpected name 'base_model.model.model.embed_tokens.weight': Not a lora_A or lora_B tensor", ("lora-gguf-with-embeddings",)),
     ("UserWarning: Merge lora module to 8-bit linear may get different generations due to rounding errors.", ("merge-into-4bit-degrades",)),
     ("ValueError: Please merge adapters before quantizing the model.", ("quantise-before-merge-order",)),

@@ -207,7 +207,7 @@ def to_adapter(path: str, wanted: Wanted) -> HandedOver:
         raise UserError(
             f"{path} is an adapter already",
             expected="a model tuned in full",
-            fix=f"its PEFT folder is {located.adapter}",
+            fix=f"use its PEFT folder as it is: {located.adapter}; zhibei merge makes a whole model of it",
             where="--to adapter",
         )
     base, weights = _base_of(located, wanted), local_folder(located.weights)
