@@ -31,6 +31,11 @@ def lines(found: Search, machine: Machine, *, alternatives: list[str], price: fl
     yield Text("")
     yield from _around(found, price)
     if found.chosen.job.num_gpus > 1:
+        speed = found.chosen.speed
+        if speed is not None:
+            moved = speed.traffic.total / 2**30
+            text = f"each GPU receives {moved:,.1f} GiB a step; {100 * speed.efficiency:.0f} % of GPUs that never wait"
+            yield Text(f"  links       {text}")
         note = "start it with zhibei launch; figures are of one GPU (docs/scale.md says what is assumed)"
         yield Text(f"  note        {note}", style="yellow")
     if found.others:

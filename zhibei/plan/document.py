@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from zhibei.plan.communication import Traffic
 from zhibei.plan.machines import Machine
 from zhibei.plan.memory import Phase
 from zhibei.plan.search import Candidate, Search
@@ -54,8 +55,16 @@ def _candidate(candidate: Candidate, found: Search) -> dict[str, Any]:
         "num_gpus": job.num_gpus,
         "predicted_gib": round(candidate.memory.peak_gib, 3),
         "tokens_per_s": None if speed is None else round(speed.tokens_per_s),
+        "efficiency": None if speed is None else round(speed.efficiency, 4),
+        "communication_gib": None if speed is None else _traffic(speed.traffic),
         "hours": None if speed is None or tokens is None else round(speed.hours(tokens), 3),
     }
+
+
+def _traffic(moved: Traffic) -> dict[str, float]:
+    """GiB that one GPU receives in an optimiser step, by what it is for."""
+    named = {"gathered": moved.gathered, "scattered": moved.scattered, "added_up": moved.added_up}
+    return {name: round(size / GIB, 3) for name, size in named.items()}
 
 
 def _phase(phase: Phase) -> dict[str, Any]:

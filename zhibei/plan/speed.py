@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from zhibei.plan.communication import NOTHING_MOVED, Traffic, seconds_of, traffic_of
 from zhibei.plan.job import Job
 from zhibei.plan.machines import Gpu, Machine
 from zhibei.plan.shapes import ModelShape
@@ -20,8 +21,6 @@ CHECKPOINTING_SPEED: Mapping[str, float] = {"none": 1.0, "selective": 0.99, "ful
 NOT_COMPILED = 0.74
 PASS_OVERHEAD_TOKENS = 600
 """A pass costs about as much as so many tokens more: kernels start, and small products fill a card badly."""
-LINK_GB_PER_S: Mapping[str, float] = {"nvlink": 150.0, "pcie": 12.0, "none": 12.0}
-"""What a collective reaches per GPU; half the data sheets or less."""
 HOST_LINK_GB_PER_S, HOST_UPDATE_GB_PER_S = 12.0, 15.0
 FP32_SHARE = 0.125
 """fp32 products run at an eighth of the half-precision peak where TF32 is off."""
@@ -29,11 +28,14 @@ FP32_SHARE = 0.125
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """`tokens_per_s`: real tokens on all GPUs together, communication included. `is_measured`: by a probe."""
+    """`tokens_per_s`: real tokens on all GPUs together, communication included. `is_measured`: by a probe.
+    `efficiency`: of what as many GPUs would do that need not wait for one another."""
 
     tokens_per_s: float
     communication_share: float = 0.0
     is_measured: bool = False
+    efficiency: float = 1.0
+    traffic: Traffic = NOTHING_MOVED
 
     def hours(self, total_tokens: float) -> float:
         return total_tokens / self.tokens_per_s / 3600
@@ -45,10 +47,16 @@ def speed_of(shape: ModelShape, job: Job, machine: Machine, *, tokens_per_step: 
     if gpu is None or gpu.half_tflops <= 0:
         return None
     compute = tokens_per_step / job.num_gpus / _tokens_per_s_of_one(shape, job, gpu)
-    moved = _communication_seconds(shape, job, machine) + _offload_seconds(shape, job)
+    traffic = traffic_of(shape, job)
+    moved = seconds_of(job, machine, traffic) + _offload_seconds(shape, job)
     # Gathering runs beside computing; what is longer decides, and a tenth of the other shows.
     seconds = max(compute, moved) + 0.1 * min(compute, moved)
-    return Speed(tokens_per_step / seconds, communication_share=moved / (compute + moved))
+    return Speed(
+        tokens_per_step / seconds,
+        communication_share=moved / (compute + moved),
+        efficiency=compute / seconds,
+        traffic=traffic,
+    )
 
 
 def corrected(speed: Speed, measured_tokens_per_s: float) -> Speed:
@@ -70,25 +78,6 @@ def _tokens_per_s_of_one(shape: ModelShape, job: Job, gpu: Gpu) -> float:
     share *= FP32_SHARE if job.item_bytes == 4 else 1.0
     share *= job.pass_tokens / (job.pass_tokens + PASS_OVERHEAD_TOKENS)
     return share * gpu.half_tflops * 1e12 / operations_per_token(shape, job)
-
-
-def _communication_seconds(shape: ModelShape, job: Job, machine: Machine) -> float:
-    """Bytes a step moves per GPU (arXiv:1910.02054, section 7): gradients twice, or weights twice and gradients once
-    per pass where weights are divided too."""
-    if job.num_gpus < 2:
-        return 0.0
-    learned = job.item_bytes * shape.num_parameters if not job.trains_adapters else 0.02 * shape.num_parameters
-    weights = job.item_bytes * shape.num_parameters
-    moved = {
-        "no_shard": 2 * learned,
-        "shard_grad_op": weights + learned,
-        "full_shard": 2 * weights * job.num_passes + learned,
-        "hybrid": 2 * weights * job.num_passes + learned + 2 * learned / job.gpus_per_node,
-    }[job.sharding]
-    link = LINK_GB_PER_S[machine.gpu_link]
-    if machine.num_nodes > 1 and job.sharding != "hybrid":
-        link = min(link, machine.node_link_gb_per_s / max(1, job.gpus_per_node))
-    return moved / (max(link, 0.05) * 1e9)
 
 
 def _offload_seconds(shape: ModelShape, job: Job) -> float:
