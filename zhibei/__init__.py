@@ -3,6 +3,7 @@
 A folder imports only folders on lower lines, and folders on one line do not know one another:
 
     cli   pipeline                          what the user types
+    launch                                  ranks on one node and many
     doctor                                  what could go wrong, and the proof that it will not
     train | export | evaluate | serve | report    stages; they do not know one another
     generate                                sampling
