@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoint_tables import export_rows, resume_rows, save_rows
 from benchmarks.decode_tables import decode_rows
 from benchmarks.doctor_tables import bad_inputs_rows, check_rows, coverage_rows, explain_rows
 from benchmarks.gguf_tables import loss_rows, speed_rows
@@ -231,6 +232,9 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "decode": ("decode.json", lambda records: plain_table(records, decode_rows)),
     "gguf-loss": ("gguf.json", lambda records: plain_table(records, loss_rows)),
     "gguf-speed": ("gguf.json", lambda records: plain_table(records, speed_rows)),
+    "checkpoint-saves": ("checkpoints.json", lambda records: plain_table(records, save_rows)),
+    "checkpoint-export": ("checkpoints.json", lambda records: plain_table(records, export_rows)),
+    "checkpoint-resume": ("checkpoints.json", lambda records: plain_table(records, resume_rows)),
     "check": ("check.json", lambda records: plain_table(records, check_rows)),
     "coverage": ("check.json", lambda records: plain_table(records, coverage_rows)),
     "bad-inputs": ("bad_inputs.json", lambda records: plain_table(records, bad_inputs_rows)),
