@@ -200,6 +200,7 @@ def test_the_history_stays_small():
 def test_ranks_are_compared_with_the_others():
     assert slow_ranks([[1.0, 1.0, 1.0, 4.0]] * 3) == [(3, 4.0)]
     assert slow_ranks([[1.0]] * 3) == []
+    assert slow_ranks([[0.01, 0.02]] * 3) == [], "steps of milliseconds"
     assert slow_ranks([]) == []
 
 

@@ -71,14 +71,15 @@ def ranks_of(name: str) -> dict[int, int]:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
-    """End what a failed test left behind."""
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    """Ask all of them to save and end, as a cluster manager does, and wait for it."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in running:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def ip(*arguments: str) -> None:

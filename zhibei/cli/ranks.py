@@ -7,6 +7,8 @@ that of another rank too; a rank shows its own only where rank 0 cannot.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,6 +81,7 @@ def _met_and_trained(
         try:
             code = _trained(here, resolved, fault, resumed, quiet=quiet, as_json=as_json)
         except UserError as error:
+            _end_undisturbed()
             here.leave(error)
             return _show(here, error, as_json=as_json), not isinstance(error, RankLost)
         except Exception as error:
@@ -222,6 +225,12 @@ def _wait_for_others(here: Meeting) -> None:
                 here.wait_for(f"left/{rank}", seconds=SECONDS_TO_TELL / here.world)
             except RuntimeError:
                 return
+
+
+def _end_undisturbed() -> None:
+    """A launcher may say SIGTERM twice; what ended this rank must still be told to the others."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _hush() -> None:

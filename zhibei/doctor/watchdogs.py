@@ -36,6 +36,8 @@ MOST_WAITING = 0.5
 WAITING_SECONDS = 10.0
 GROWTH_GIB = {"GPU": 0.5, "host": 1.0}
 SLOW_FACTOR = 1.5
+SLOW_SECONDS = 0.05
+"""Steps of a few milliseconds differ by more than the factor for no reason."""
 
 
 def exploding_loss(past: History) -> Sighting | None:
@@ -219,8 +221,11 @@ def slow_ranks(seconds: Sequence[Sequence[float]]) -> list[tuple[int, float]]:
     if table.ndim != 2 or table.shape[1] < 2:
         return []
     usual = np.median(table, axis=0)
-    factors = [(rank, float(usual[rank] / np.median(np.delete(usual, rank)))) for rank in range(table.shape[1])]
-    return sorted((pair for pair in factors if pair[1] > SLOW_FACTOR), key=lambda pair: -pair[1])
+    others = np.array([np.median(np.delete(usual, rank)) for rank in range(table.shape[1])])
+    is_slow = (usual > SLOW_FACTOR * others) & (usual - others > SLOW_SECONDS)
+    return sorted(
+        ((int(rank), float(usual[rank] / others[rank])) for rank in np.flatnonzero(is_slow)), key=lambda pair: -pair[1]
+    )
 
 
 def disk_filling(past: History) -> Sighting | None:
