@@ -51,7 +51,7 @@ def traffic_of(shape: ModelShape, job: Job) -> Traffic:
         return Traffic(added_up=2 * FP32 * learned * _share(job.num_gpus))
     item, passes = job.item_bytes, job.num_passes
     outside = shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters)
-    layers = shape.num_parameters - outside
+    layers = shape.num_parameters - outside + (learned if job.trains_adapters else 0)
     times = 1 if job.sharding == "shard_grad_op" else 2
     gathered = passes * item * (times * layers + outside) * _share(ways)
     in_fp32 = learned if job.trains_adapters else layers
