@@ -6,10 +6,13 @@ python -m tests.train.rank_driver JOBS.json OUT.pt        (RANK, WORLD_SIZE, LOC
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.train.test_step import some_rows
 from zhibei.config.run import LoraSection, ModelSection, SftSection
@@ -73,12 +76,14 @@ def run_job(job: dict, ranks: Ranks) -> dict:
         world=ranks.world,
     )
     batches = Batches(some_rows(job.get("rows", 48)), plan, epochs=20)
-    losses, norms = [], []
+    losses, norms, counting, num_passes = [], [], Counting(), 0
     for step in range(job["steps"]):
         passes = batches.micro_batches(step)
         if job.get("unequal"):
             passes = unequal(batches, step, ranks)
-        record = stepper.step(passes, learning_rate=3e-3)
+        with counting if step == 1 else nullcontext():
+            record = stepper.step(passes, learning_rate=3e-3)
+        num_passes = record.num_micro_batches if step <= 1 else num_passes
         losses.append(record.loss)
         norms.append(record.grad_norm)
     held = {
@@ -86,7 +91,33 @@ def run_job(job: dict, ranks: Ranks) -> dict:
         "gradients": sum(own_part(p).numel() * 4 for p in learning.values()),
         "optimizer": sum(t.nbytes for t in optimizer.tensors().values() if t.ndim),
     }
-    return {"losses": losses, "norms": norms, "gradients": gradients, "held": held, "units": record.num_units}
+    share = (ranks.world - 1) / ranks.world
+    moved = {name: size * share for name, size in counting.moved.items()}
+    found = {"losses": losses, "norms": norms, "gradients": gradients, "held": held, "units": record.num_units}
+    return {**found, "moved": moved, "num_passes": num_passes}
+
+
+class Counting(TorchDispatchMode):
+    """Bytes of the tensors that are gathered, scattered and added up (twice: there and back) while this is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = {"gathered": 0, "scattered": 0, "added_up": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        flat = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if "copy_in" in name:
+            pass  # within this rank
+        elif "allgather" in name or "all_gather" in name:
+            every = [*flat, *(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))]
+            self.moved["gathered"] += max(tensor.nbytes for tensor in every)
+        elif "reduce_scatter" in name:
+            self.moved["scattered"] += max(tensor.nbytes for tensor in flat)
+        elif "allreduce" in name or "all_reduce" in name:
+            self.moved["added_up"] += 2 * sum(tensor.nbytes for tensor in flat)
+        return result
 
 
 def unequal(batches: Batches, step: int, ranks: Ranks) -> list:

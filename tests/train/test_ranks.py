@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model_folder
+from zhibei.config.run import LoraSection
 from zhibei.data.batches import shares_of
+from zhibei.plan import holdings
+from zhibei.plan.communication import traffic_of
+from zhibei.plan.division import divided
+from zhibei.plan.job import Job, adapted_names
+from zhibei.plan.shapes import ModelShape, read_shape
 
 BASE = {"method": "full", "sharding": "no_shard", "packing": True, "tokens": 128, "steps": 20}
 JOBS = {
@@ -23,6 +29,8 @@ JOBS = {
     "unequal": {"unequal": True, "steps": 3},
 }
 WAYS = ("no_shard", "shard_grad_op", "full_shard")
+FEW_BYTES = 1024
+"""Norms, losses and counts of a step."""
 TRIED_ON_FOUR = ("full", "lora, padded")
 
 
@@ -51,6 +59,36 @@ def run_ranks(world: int, jobs: list[dict], folder: Path) -> list[dict]:
     return torch.load(out, weights_only=True)
 
 
+def planned_job(job: dict, world: int, num_passes: int) -> tuple[ModelShape, Job]:
+    shape = read_shape(json.loads((Path(job["folder"]) / "config.json").read_text()))
+    names = adapted_names(shape, "all-linear") if job["method"] == "lora" else ()
+    planned = Job(
+        128,
+        num_passes=num_passes,
+        method=job["method"],
+        precision="fp32",
+        rank=LoraSection().rank,
+        targets=names,
+        sharding=job["sharding"],
+        num_gpus=world,
+        gpus_per_node=world,
+        on_gpu=False,
+    )
+    return shape, planned
+
+
+def require_planned(found: dict, job: dict, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank holds what the plan says to the byte, and a step moves what it says within a hundredth."""
+    monkeypatch.setattr(holdings, "ALLOCATION", 1)  # torch's allocator on a GPU rounds each tensor up
+    shape, planned = planned_job(job, world, found["num_passes"])
+    held = divided(shape, planned, holdings.holdings_of(shape, planned)).held
+    bytes_held = {"parameters": held.weights + held.adapters, "gradients": held.gradients, "optimizer": held.states}
+    assert found["held"][0] == bytes_held, job
+    traffic = traffic_of(shape, planned)
+    for name in ("gathered", "scattered", "added_up"):
+        assert found["moved"][name] == pytest.approx(getattr(traffic, name), rel=0.01, abs=FEW_BYTES), (name, job)
+
+
 def jobs_for(model: Path, ways: tuple[str, ...]) -> dict[tuple[str, str], dict]:
     names = [(job, way) for job in JOBS for way in ways if way == "no_shard" or not JOBS[job].get("unequal")]
     return {(job, way): {**BASE, **JOBS[job], "sharding": way, "folder": str(model)} for job, way in names}
@@ -70,7 +108,7 @@ def alone(model, tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_ranks_train_what_one_rank_trains(model, alone, tmp_path, world):
+def test_several_ranks_train_what_one_rank_trains(model, alone, tmp_path, world, monkeypatch):
     jobs = {
         (job, way): settings
         for (job, way), settings in jobs_for(model, WAYS).items()
@@ -85,6 +123,8 @@ def test_several_ranks_train_what_one_rank_trains(model, alone, tmp_path, world)
             difference = (found["gradients"][name] - gradient).abs().max().item()
             assert difference <= 1e-6 * max(1.0, gradient.abs().max().item()), f"{where}: {name}: {difference}"
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4), where
+        if job in ("full", "full, padded", "lora"):
+            require_planned(found, jobs[job, way], world, monkeypatch)
 
 
 def test_groups_are_dealt_out_evenly_and_none_is_lost():
