@@ -33,7 +33,7 @@ from zhibei.train.interrupts import stop_requests
 from zhibei.train.materials import Materials, gather
 from zhibei.train.opening import describe, open_again, open_new
 from zhibei.train.record import Recorder, Watch, ignore, with_waits
-from zhibei.train.resume import Progress, share
+from zhibei.train.resume import Progress, saved_bytes, share
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
 from zhibei.train.saving import Saver
 from zhibei.train.schedule import learning_rate
@@ -261,13 +261,13 @@ def count_skipped(progress: Progress, record: StepRecord) -> None:
 
 
 def disk(materials: Materials, run_dir: RunDir) -> dict[str, int]:
-    """Bytes: what is free where the run writes, what the next checkpoint takes, what the finished model takes."""
+    """Bytes: what is free where the run writes, what the next checkpoint takes (of all ranks: every one must ask), what
+    the finished model takes."""
     model = materials.model
     written = model.trainable() if model.hf is not model.inner else dict(model.hf.named_parameters())
-    tensors = [*model.trainable().values(), *materials.stepper.optimizer.tensors().values()]
     return {
         "free_bytes": free_bytes(run_dir.path),
-        "checkpoint_bytes": sum(tensor.nbytes for tensor in tensors),
+        "checkpoint_bytes": saved_bytes(materials.stepper),
         "model_bytes": sum(tensor.nbytes for tensor in written.values()),
     }
 

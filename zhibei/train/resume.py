@@ -14,8 +14,9 @@ from zhibei.model.across import OwnParts, share_of
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.ranks import Ranks, own_part
 from zhibei.store.checkpoint import load_checkpoint
-from zhibei.store.checkpoint_files import Groups
+from zhibei.store.checkpoint_files import Groups, bare
 from zhibei.store.parts import StoredTensors
+from zhibei.store.shards import num_bytes
 from zhibei.train.optimizer_forms import load_states
 from zhibei.train.saving import Saver
 from zhibei.train.step import Stepper
@@ -50,6 +51,16 @@ def share(stepper: Stepper, progress: Progress) -> tuple[Groups, dict[str, Any]]
         "random": random_states_of(model.device, ranks),
     }
     return groups, {**asdict(progress), "stepper": stepper.state()}
+
+
+def saved_bytes(stepper: Stepper) -> int:
+    """Bytes of the weights and states that all ranks together save. Every rank must ask."""
+    learning, ranks = stepper.model.trainable(), stepper.ranks
+    own = [
+        share_of({name: parameter.data for name, parameter in learning.items()}, learning, ranks),
+        share_of(stepper.optimizer.tensors(), learning, ranks),
+    ]
+    return int(ranks.sum_on_host(float(sum(num_bytes(each) for held in own for each in bare(held).values())))[0])
 
 
 def save(checkpoints: Path, stepper: Stepper, progress: Progress) -> Path:
