@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from zhibei.config.errors import DONE, INTERRUPTED_AND_SAVED, OUR_FAULT, STOPPED_BY_WATCHDOG, UserError
+from zhibei.config.errors import DONE, INTERRUPTED_AND_SAVED, STOPPED_BY_WATCHDOG, UserError
 from zhibei.launch.network import (
     address_of,
     interface_of,
@@ -175,7 +175,8 @@ def _run_agent(nodes: Nodes, point: MeetingPoint, command: list[str], name: str,
             "timeout": int(nodes.wait_seconds),
             "join_timeout": int(nodes.wait_seconds),
         },
-        max_restarts=nodes.max_restarts,
+        # One rank alone is a plain run, which finds its own directory in the way when it is started again.
+        max_restarts=nodes.max_restarts if nodes.num_nodes * nodes.ranks_per_node > 1 else 0,
         local_addr=point.own_address,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)),
@@ -187,7 +188,7 @@ def _run_agent(nodes: Nodes, point: MeetingPoint, command: list[str], name: str,
         rank, first = error.get_first_failure()
         if first.exitcode < 0:
             say(f"rank {rank} on {socket.gethostname()} (pid {first.pid}) {_end_of(first.exitcode)}")
-        return OUR_FAULT if first.exitcode == OUR_FAULT else STOPPED_BY_WATCHDOG
+        return first.exitcode if first.exitcode > 0 else STOPPED_BY_WATCHDOG
     except SignalException as error:
         say(f"stopped by {error.sigval.name}")
         return INTERRUPTED_AND_SAVED
