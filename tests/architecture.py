@@ -57,6 +57,8 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_LOOP_LINES, MOST_ARGUMENTS = 400, 80, 120,
 LOOPS = {("train/offline.py", "loop")}
 
 _KERNEL = "a GPU kernel: its arguments are addresses and sizes, and Triton takes no records"
+_NUMBERS = "a rank answers some of the prompts, and what is drawn for one depends on its number among all of them"
+
 # Breaches that were decided, with the reason: {sentence: reason}. Empty is best.
 ALLOWED: dict[str, str] = {
     "generate/kernels.py: generate must not import triton": "kernels are written in Triton; the file is imported late, "
@@ -64,6 +66,9 @@ ALLOWED: dict[str, str] = {
     "generate/kernels.py: _few_rows takes 25 arguments, more than 6": _KERNEL,
     "generate/kernels.py: _rotated takes 8 arguments, more than 6": _KERNEL,
     "generate/kernels.py: _attend takes 22 arguments, more than 6": _KERNEL,
+    "generate/rollouts.py: write_answers takes 7 arguments, more than 6": _NUMBERS,
+    "generate/sampler.py: generate takes 7 arguments, more than 6": _NUMBERS,
+    "generate/vllm_engine.py: __call__ takes 7 arguments, more than 6": _NUMBERS,
 }
 
 
