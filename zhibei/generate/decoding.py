@@ -25,8 +25,8 @@ COLUMNS_AT_FIRST = {"cpu": 64, "cuda": 4096}
 
 APART_PER_ROOT_LAYER, MOST_APART = 0.02, 0.05
 """Of the size of the logits: what rounding to 16 bits explains between two ways to compute them, with room. It grows
-like the root of the number of layers: plain bf16 is 2.9 % from fp32 after 8 random layers of width 4096, 4.4 % after 16;
-a head or column that is wrong moves logits by half their size."""
+like the root of the number of layers: plain bf16 is 2.9 % from fp32 after 8 random layers of width 4096, 4.4 % after
+16; a head or column that is wrong moves logits by half their size."""
 
 
 class Road(Protocol):

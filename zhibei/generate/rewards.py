@@ -59,8 +59,8 @@ class RewardSource:
     where: str = "reward"
 
     def __call__(self, answered: Answered) -> list[float]:
-        """One finite reward per answer. Raises RewardFailed naming the source when it raises, hangs, gives more or fewer
-        rewards than there are answers, or something that is no finite number."""
+        """One finite reward per answer. Raises RewardFailed naming the source when it raises, hangs, gives more or
+        fewer rewards than there are answers, or something that is no finite number."""
         rewards = self._within_time(answered)
         if isinstance(rewards, (str, bytes)) or not hasattr(rewards, "__len__"):
             raise self._fault(f"gave {type(rewards).__name__} instead of a list of numbers")
