@@ -56,7 +56,13 @@ def test_a_failure_does_not_replace_a_success(tmp_path: Path) -> None:
     assert [r.get("error") for r in read(file)] == [None]
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+PLANNED = {"scale.json"}
+"""Figures of the planner, which nobody measured; tests/plan/test_communication.py holds their page to them."""
+
+
+@pytest.mark.parametrize(
+    "file", sorted(path for path in RESULTS.glob("*.json") if path.name not in PLANNED), ids=lambda path: path.name
+)
 def test_committed_records_have_the_agreed_fields(file: Path) -> None:
     records = read(file)
     assert records

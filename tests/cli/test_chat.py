@@ -294,13 +294,20 @@ def test_a_conversation_at_a_terminal(folder):
 
     terminal.type("/set max_new_tokens 180\n")
     terminal.wait_for("you> ")
-    terminal.type("Talk on and on\n")
-    terminal.wait_for("model> .")
-    terminal.type("\x03")
-    terminal.wait_for(r"stopped\s+you> ")
+    # Random words may end by themselves before the key arrives; one of a few answers is still under way then.
+    num_asked = 0
+    for _ in range(8):
+        num_asked += 1
+        terminal.type("Talk on and on\n")
+        terminal.wait_for("model> .")
+        terminal.type("\x03")
+        if "stopped" in terminal.wait_for(r"(stopped|ended by itself|cut off)(.|\n)*?you> "):
+            break
+    else:
+        raise AssertionError("no answer was stopped")
 
     terminal.type("/tokens\n")
-    assert "in 4 messages" in terminal.wait_for("you> ")
+    assert f"in {2 * (num_asked + 1)} messages" in terminal.wait_for("you> ")
     # CPython misses a signal between showing the prompt and waiting for keys; no person is that quick.
     time.sleep(0.5)
     terminal.type("half a line\x03")

@@ -23,7 +23,7 @@ from zhibei.config.errors import DONE, INTERRUPTED_AND_SAVED, UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": (
         "zhibei.cli.quickstart:quickstart",
-        "Train a small model here in minutes and talk to it.",
+        "Train a small model here in minutes, all the way to PPO, and talk to it.",
     ),
     "data": ("zhibei.cli.data:app", "Look at data before you train on it."),
     "config": (
@@ -42,11 +42,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("zhibei.cli.explain:explain", "Name the pitfall behind a log or traceback."),
     "pitfalls": ("zhibei.cli.pitfalls:pitfalls", "Read about the known pits."),
     "chat": ("zhibei.cli.chat:chat", "Talk to a trained model."),
-    "serve": ("zhibei.cli.serve:serve", "Serve models with the API of OpenAI."),
-    "web": ("zhibei.cli.web:web", "Talk to models on a page in the browser."),
-    "merge": ("zhibei.cli.merge:merge", "Merge adapters into their base: one whole model."),
+    "serve": ("zhibei.cli.serve:serve", "Serve trained models with the API of OpenAI."),
+    "web": ("zhibei.cli.web:web", "Talk to trained models in a browser."),
+    "merge": ("zhibei.cli.merge:merge", "Merge adapters into their base: one complete Hugging Face folder."),
     "export": ("zhibei.cli.export:export", "Hand a model over in another form: Hugging Face, GGUF, Meta and others."),
-    "parity": ("zhibei.cli.parity:parity", "Compare two forms of a model: are they the same?"),
+    "parity": ("zhibei.cli.parity:parity", "Compare two models, or two forms of one."),
     "report": ("zhibei.cli.report:report", "Write the report page of a run again."),
 }
 

@@ -21,6 +21,7 @@ from zhibei.model.pulse import Pulse
 
 POLL_SECONDS = 0.1
 CONNECT_SECONDS = 300.0
+FAREWELL_SECONDS = 10.0
 
 
 class Meeting:
@@ -56,6 +57,16 @@ class Meeting:
             told["fault"] = {"what": f"{type(error).__name__}: {error}", "expected": "", "fix": "", "where": ""}
         with suppress(RuntimeError):
             self.tell(f"left/{self.rank}", told)
+
+    def see_others_off(self, *, seconds: float) -> None:
+        """Rank 0, who keeps the store, ends after the others have ended, or after so many seconds."""
+        if self.rank != 0:
+            return
+        deadline = time.monotonic() + seconds
+        missing = set(range(1, self.world))
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if self.heard(f"left/{rank}") is None}
+            time.sleep(0.02)
 
 
 _OPEN: list[Meeting] = []
@@ -102,7 +113,10 @@ def meeting(*, rank: int, world: int, patience_seconds: float) -> Iterator[Meeti
         here.leave(error)
         raise
     else:
+        # No thread may be asking the store when its keeper ends: the interpreter ends such a thread, and C++ the process.
+        pulse.stop()
         here.leave(None)
+        here.see_others_off(seconds=FAREWELL_SECONDS)
     finally:
         _OPEN.clear()
         pulse.stop()

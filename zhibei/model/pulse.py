@@ -182,7 +182,7 @@ class Pulse:
         self._ended.set()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=2 * self.interval)
+                thread.join(timeout=max(5.0, 2 * self.interval))
 
     def own(self) -> Beat:
         still = time.monotonic() - self.progress.since

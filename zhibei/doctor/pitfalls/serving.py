@@ -253,8 +253,8 @@ def vllm_lora_rank_limit() -> None:
     cost="run",
     kind="gate",
     proof=[
-        "tests/serve/test_limits.py::test_settings_that_cannot_work_or_leave_the_server_open_are_refused",
-        "tests/serve/test_limits.py::test_pages_of_the_web_cannot_reach_a_server_on_localhost",
+        "tests/serve/test_server_limits.py::test_settings_that_cannot_work_or_leave_the_server_open_are_refused",
+        "tests/serve/test_server_limits.py::test_pages_of_the_web_cannot_reach_a_server_on_localhost",
     ],
     sources=[
         "https://github.com/ml-explore/mlx-lm/pull/1687",

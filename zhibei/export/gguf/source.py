@@ -132,7 +132,7 @@ def _tensors(found: Located, config: dict[str, Any]) -> tuple[dict[str, Read], d
             expected=f"weights as {', '.join(FLOATS)}",
             fix="export from the 16-bit model; quantising twice loses twice",
             where=str(folder),
-            pitfall="merge-into-quantized-base",
+            pitfall="hand-over-cannot-merge",
         )
     changes = {}
     if found.adapter is not None:
