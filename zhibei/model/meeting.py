@@ -113,7 +113,7 @@ def meeting(*, rank: int, world: int, patience_seconds: float) -> Iterator[Meeti
         here.leave(error)
         raise
     else:
-        # No thread may be asking the store when its keeper ends: a thread that is cut off there takes the process along.
+        # No thread may be asking the store when its keeper ends: one that is cut off there takes the process along.
         pulse.stop()
         here.leave(None)
         here.see_others_off(seconds=FAREWELL_SECONDS)
