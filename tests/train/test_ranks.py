@@ -40,15 +40,23 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_ranks(world: int, jobs: list[dict], folder: Path) -> list[dict]:
-    """What rank 0 found for each job, with `world` processes on this machine."""
+def run_ranks(world: int, jobs: list[dict], folder: Path, *, per_node: int | None = None) -> list[dict]:
+    """What rank 0 found for each job, with `world` processes on this machine, which may pass for several."""
+    per_node = per_node or world
     (folder / "jobs.json").write_text(json.dumps(jobs))
     out = folder / f"out-{world}.pt"
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.train.rank_driver", str(folder / "jobs.json"), str(out)],
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+            env={
+                **os.environ,
+                **meeting,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_RANK": str(rank % per_node),
+                "LOCAL_WORLD_SIZE": str(per_node),
+            },
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -125,6 +133,15 @@ def test_several_ranks_train_what_one_rank_trains(model, alone, tmp_path, world,
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4), where
         if job in ("full", "full, padded", "lora"):
             require_planned(found, jobs[job, way], world, monkeypatch)
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks_share_within_and_copy_across(model, alone, tmp_path):
+    job = {**BASE, "steps": 3, "sharding": "hybrid", "folder": str(model)}
+    found, expected = run_ranks(4, [job], tmp_path, per_node=2)[0], alone["full"]
+    for name, gradient in expected["gradients"].items():
+        assert (found["gradients"][name] - gradient).abs().max().item() <= 1e-6 * max(1.0, gradient.abs().max().item())
+    assert found["losses"] == pytest.approx(expected["losses"][:3], rel=2e-4)
 
 
 def test_groups_are_dealt_out_evenly_and_none_is_lost():
