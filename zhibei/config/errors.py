@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DONE = 0
@@ -68,3 +68,17 @@ class SeveralErrors(UserError):
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "errors": [error.as_dict() for error in self.errors]}
+
+
+def as_told(error: UserError) -> dict[str, Any]:
+    """An error as JSON can hold it, for another process of the same run."""
+    return {**error.as_dict(), "exit_code": error.exit_code}
+
+
+def from_told(told: Mapping[str, Any]) -> UserError:
+    """The error of another process, to end with as that one does."""
+    code = int(told.get("exit_code", USER_MUST_ACT))
+    kind = {each.exit_code: each for each in (RunStopped, RunInterrupted)}.get(code, UserError)
+    error = kind(told["what"], expected=told["expected"], fix=told["fix"], where=told["where"])
+    error.exit_code = code
+    return error

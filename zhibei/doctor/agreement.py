@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zhibei.config.errors import SeveralErrors, UserError
+from zhibei.config.errors import SeveralErrors, UserError, from_told
 from zhibei.config.resolve import ResolvedRun
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def own_facts(resolved: ResolvedRun | None, fault: UserError | None) -> dict[str
         "local_rank": asked.local,
         "launch": launch_id(),
         "versions": versions(),
-        "fault": None if fault is None else _as_told(fault),
+        "fault": None if fault is None else fault.as_dict(),
         "run": {},
         "data": None,
         "model": None,
@@ -85,7 +85,7 @@ def own_facts(resolved: ResolvedRun | None, fault: UserError | None) -> dict[str
         if asked.local == 0:
             facts["data"], facts["model"] = _data(resolved), _weights(resolved)
     except UserError as error:
-        facts["fault"] = _as_told(error)
+        facts["fault"] = error.as_dict()
     return facts
 
 
@@ -146,10 +146,7 @@ def _faults(facts: list[Mapping[str, Any]]) -> UserError | None:
     is_everywhere = len(faulty) == len(looked) and all(one["fault"]["what"] == fault["what"] for one in faulty)
     prefix = "" if is_everywhere else f"{_name(faulty[0])}: "
     if fault.get("errors"):
-        parts = [
-            UserError(**{name: one[name] for name in ("what", "expected", "fix", "where")}) for one in fault["errors"]
-        ]
-        return SeveralErrors(parts, what=f"{prefix}{fault['what']}")
+        return SeveralErrors(list(map(from_told, fault["errors"])), what=f"{prefix}{fault['what']}")
     return UserError(f"{prefix}{fault['what']}", expected=fault["expected"], fix=fault["fix"], where=fault["where"])
 
 
@@ -250,10 +247,6 @@ def _clocks(told: list[tuple[Mapping[str, Any], float]]) -> UserError | None:
         fix="set the clock there: chronyc makestep, or timedatectl set-ntp true",
         where="clock",
     )
-
-
-def _as_told(fault: UserError) -> dict[str, Any]:
-    return fault.as_dict()
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

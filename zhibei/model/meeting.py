@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from zhibei.config.errors import RankLost, UserError
+from zhibei.config.errors import OUR_FAULT, RankLost, UserError, as_told, from_told
 from zhibei.model.pulse import Pulse
 
 POLL_SECONDS = 0.1
@@ -50,11 +50,12 @@ class Meeting:
 
     def leave(self, error: BaseException | None) -> None:
         """Say to the others that this rank ends, and of what."""
-        told: dict[str, Any] = {"host": socket.gethostname(), "fault": None, "exit_code": 1}
+        fault: dict[str, Any] | None = None
         if isinstance(error, UserError) and not isinstance(error, RankLost):
-            told |= {"fault": error.as_dict(), "exit_code": error.exit_code}
+            fault = as_told(error)
         elif error is not None and not isinstance(error, RankLost):
-            told["fault"] = {"what": f"{type(error).__name__}: {error}", "expected": "", "fix": "", "where": ""}
+            fault = _unexpected(f"{type(error).__name__}: {error}", fix="")
+        told = {"host": socket.gethostname(), "fault": fault}
         with suppress(RuntimeError):
             self.tell(f"left/{self.rank}", told)
 
@@ -233,7 +234,9 @@ def first_does(here: Meeting, name: str, action: Callable[[], Any]) -> Any:
 
 def fault_of_first(left: dict[str, Any]) -> UserError:
     """The error with which rank 0 ended, for the others to end with."""
-    fault = left.get("fault") or {"what": "rank 0 ended", "expected": "", "fix": "see rank 0", "where": ""}
-    error = UserError(**{name: fault[name] for name in ("what", "expected", "fix", "where")})
-    error.exit_code = int(left["exit_code"])
-    return error
+    return from_told(left.get("fault") or _unexpected("rank 0 ended", fix="see rank 0"))
+
+
+def _unexpected(what: str, *, fix: str) -> dict[str, Any]:
+    """What is told of an end that is no UserError."""
+    return {"what": what, "expected": "", "fix": fix, "where": "", "exit_code": OUR_FAULT}

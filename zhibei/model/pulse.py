@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from zhibei.config.errors import RankLost, UserError
+from zhibei.config.errors import RankLost, UserError, from_told
 
 BEAT_SECONDS = 1.0
 BEATS_PER_PATIENCE = 20
@@ -269,9 +269,8 @@ class Pulse:
     def _fault_of_another(self) -> UserError | None:
         for key, told in list(self._left.items()):
             if told.get("fault"):
-                fault = UserError(**{name: told["fault"][name] for name in ("what", "expected", "fix", "where")})
+                fault = from_told(told["fault"])
                 fault.what = f"rank {key.partition('/')[2]} on {told['host']}: {fault.what}"
-                fault.exit_code = int(told["exit_code"])
                 return fault
         return None
 

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
-from zhibei.config.errors import RunInterrupted, RunStopped, UserError
+from zhibei.config.errors import UserError, as_told, from_told
 from zhibei.model.meeting import mark, meeting
 
 PATIENCE_SECONDS = 600
@@ -114,13 +114,13 @@ class Ranks:
             except UserError as error:
                 problem = error
             except Exception as error:  # the others must hear of it before it ends this process
-                self.from_first([None, _told(UserError(f"rank 0 failed: {error}", expected="", fix="see rank 0"))])
+                self.from_first([None, as_told(UserError(f"rank 0 failed: {error}", expected="", fix="see rank 0"))])
                 raise
-        value, told = self.from_first([found, None if problem is None else _told(problem)])
+        value, told = self.from_first([found, None if problem is None else as_told(problem)])
         if problem is not None:
             raise problem
         if told is not None:
-            raise _heard(told)
+            raise from_told(told)
         return value
 
     def wait(self) -> None:
@@ -136,17 +136,6 @@ def _as_bytes(value: Any) -> torch.Tensor:
 
 def _from_bytes(held: torch.Tensor) -> Any:
     return json.loads(bytes(held.tolist()).decode())
-
-
-def _told(error: UserError) -> list[Any]:
-    kinds = [type(error).__name__, type(error).exit_code]
-    return [*kinds, error.what, error.expected, error.fix, error.where]
-
-
-def _heard(told: list[Any]) -> UserError:
-    name, _, what, expected, fix, where = told
-    kind = {kind.__name__: kind for kind in (RunStopped, RunInterrupted)}.get(name, UserError)
-    return kind(what, expected=expected, fix=fix, where=where)
 
 
 ALONE = Ranks()
