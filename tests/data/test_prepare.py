@@ -208,6 +208,19 @@ def test_content_of_the_same_size_is_seen(alpaca: Path) -> None:
     assert prepared(alpaca).key != before
 
 
+def test_what_another_run_has_kept_meanwhile_is_not_taken_away(alpaca: Path) -> None:
+    """Two runs may find nothing and prepare alike; the second must not remove what the first is reading."""
+    first = prepared(alpaca)
+    assert first.folder
+    before = first.folder.stat().st_ino
+    prepared_cache.write_prepared(first.folder, first, facts={})
+    assert first.folder.stat().st_ino == before
+    (first.folder / "ledger.jsonl").unlink()
+    prepared_cache.write_prepared(first.folder, first, facts={})
+    assert first.folder.stat().st_ino != before
+    assert prepared_cache.fault_of(first.folder) == ""
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

@@ -82,13 +82,14 @@ def write_prepared(folder: Path, prepared: PreparedSet | PreparedAnswers, *, fac
         kind = prepared.kind if isinstance(prepared, PreparedAnswers) else "rows"
         index = {"key": prepared.key, "kind": kind, "template": prepared.template, "files": files, "made_of": facts}
         write_json_atomic(new / "index.json", index)
+        if folder.exists() and not fault_of(folder):
+            return  # another run with the same key was faster, and may be reading: what it wrote is the same
         if folder.exists():
             shutil.rmtree(folder)
         try:
             new.rename(folder)
         except OSError:
-            # Another run with the same key was faster; what it wrote is the same.
-            if not folder.exists():
+            if not folder.exists():  # else another one was faster just now
                 raise
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial
 from zhibei.config.errors import UserError, as_told, from_told
 from zhibei.model.meeting import mark, meeting
 
+Value = TypeVar("Value")
 PATIENCE_SECONDS = 600
 """How long a collective operation waits for the slowest rank before it fails."""
 
@@ -123,11 +124,11 @@ class Ranks:
             raise from_told(told)
         return value
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.are_several:
-            mark("waits for all ranks")
-            dist.barrier(group=_host_group())
+    def first_then_all(self, action: Callable[[], Value]) -> Value:
+        """What the action gives, done by rank 0 and then by the others, who find in a cache what it has made there."""
+        own: list[Value] = []
+        self.first_does(lambda: own.append(action()))
+        return own[0] if own else action()
 
 
 def _as_bytes(value: Any) -> torch.Tensor:

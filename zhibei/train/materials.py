@@ -130,9 +130,7 @@ def read_rows(
     precision = choose_precision(run.model.precision, device)
     tokenizer = load_run_tokenizer(run)
     template = find_template(run.data.template, tokenizer)
-    if current().are_several:  # one prepares, the others find it in the cache
-        current().first_does(lambda: READERS[run.stage](run, tokenizer, template, on_rows).rows.key)
-    items = READERS[run.stage](run, tokenizer, template, on_rows)
+    items = current().first_then_all(lambda: READERS[run.stage](run, tokenizer, template, on_rows))
     if on_audit is not None:
         on_audit(items.rows)
     settled = settled_for(device, run, items.lengths)

@@ -99,9 +99,7 @@ def gather_policy(
     precision = choose_precision(run.model.precision, device)
     tokenizer = load_run_tokenizer(run)
     template = find_template(run.data.template, tokenizer)
-    if current().are_several:  # one prepares, the others find it in the cache
-        current().first_does(lambda: prompts_of(run, tokenizer, template, on_rows).key)
-    rows = prompts_of(run, tokenizer, template, on_rows)
+    rows = current().first_then_all(lambda: prompts_of(run, tokenizer, template, on_rows))
     if on_audit is not None:
         on_audit(rows)
     questions = read_questions(run.data, [*rows.train.row_ids, *rows.heldout.row_ids])
