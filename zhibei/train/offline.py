@@ -23,7 +23,6 @@ from zhibei.model.ranks import current, met
 from zhibei.store.checkpoint import list_steps, prune
 from zhibei.store.files import free_bytes
 from zhibei.store.locks import hold_lock
-from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.alarms import asks_for_save, say, stopped_by, stopping
 from zhibei.train.beginning import refuse_existing, require_writable, run_dir_of
@@ -32,7 +31,7 @@ from zhibei.train.finish import finish
 from zhibei.train.interrupts import stop_requests
 from zhibei.train.materials import Materials, gather
 from zhibei.train.opening import describe, open_again, open_new
-from zhibei.train.record import Recorder, Watch, ignore, with_waits
+from zhibei.train.record import Recorder, Watch, ignore, recording, with_waits
 from zhibei.train.resume import Progress, saved_bytes, share
 from zhibei.train.samples import Panel, make_panel, panel_path, write_panel
 from zhibei.train.saving import Saver
@@ -68,7 +67,12 @@ def train(
         with ExitStack() as held:
             ranks.first_does(lambda: held.enter_context(hold_lock(run_dir.path / LOCK, patience_seconds=0)))
             materials = materials.task.prepare(materials, run_dir, progress.step)
-            run_loop(materials, run_dir, progress, [*notes, *materials.notes], watch=watch)
+            notes = [*notes, *materials.notes]
+            recorder = held.enter_context(
+                recording(run_dir, materials.run, step=progress.step, notes=notes, watch=watch, device=materials.device)
+            )
+            loop(materials, run_dir, progress, recorder)
+            finish(materials, run_dir, progress, recorder)
     return run_dir
 
 
@@ -84,29 +88,6 @@ def opened(run_dir: RunDir, materials: Materials, *, is_new: bool) -> tuple[Prog
         return open_again(run_dir, materials)
     told = current().first_does(lambda: asdict(open_new(run_dir, materials, describe(materials))))
     return Progress(**told), []
-
-
-def run_loop(materials: Materials, run_dir: RunDir, progress: Progress, notes: list[str], *, watch: Watch) -> None:
-    """The loop and its end, with figures going to the metrics file and to `watch`."""
-    run = materials.run
-    if not current().is_first:
-        recorder = Recorder(None, ignore, materials.device)
-        loop(materials, run_dir, progress, recorder)
-        finish(materials, run_dir, progress, recorder)
-        return
-    with Metrics(
-        run_dir.path,
-        tensorboard=run.log.tensorboard,
-        wandb=run.log.wandb,
-        run_name=run.name,
-        config=run.model_dump(mode="json"),
-        resume_at_step=progress.step or None,
-    ) as metrics:
-        recorder = Recorder(metrics, watch, materials.device)
-        for note in [*notes, *metrics.notes]:
-            recorder.event(progress.step, "note", note)
-        loop(materials, run_dir, progress, recorder)
-        finish(materials, run_dir, progress, recorder)
 
 
 def loop(materials: Materials, run_dir: RunDir, progress: Progress, recorder: Recorder) -> None:

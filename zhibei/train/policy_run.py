@@ -18,7 +18,6 @@ from zhibei.model.device import choose_device
 from zhibei.model.ranks import current, met
 from zhibei.store.checkpoint import check_checkpoint, list_steps
 from zhibei.store.locks import hold_lock
-from zhibei.store.metrics import Metrics
 from zhibei.store.run_dir import RunDir
 from zhibei.train.alarms import Alarm, asks_for_save, say, stopped_by, stopping
 from zhibei.train.beginning import run_dir_of
@@ -39,7 +38,7 @@ from zhibei.train.offline import (
 )
 from zhibei.train.policy_materials import PolicyMaterials, gather_policy
 from zhibei.train.policy_state import PolicyState, first_state, put_back, restore_rest, share
-from zhibei.train.record import Recorder, Watch, ignore
+from zhibei.train.record import Recorder, Watch, ignore, recording
 from zhibei.train.resume import Progress
 from zhibei.train.samples import NUM_HELDOUT_PROMPTS, Panel, make_panel, panel_path, write_panel
 from zhibei.train.saving import Saver
@@ -101,12 +100,10 @@ def train_policy(
         progress, notes = opened(run_dir, parts.materials, is_new=resume is None)
         state = restore_rest(run_dir.checkpoint(progress.step), parts) if progress.step else first_state(parts)
         ranks.first_does(lambda: held.enter_context(hold_lock(run_dir.path / LOCK, patience_seconds=0)))
-        recorder = Recorder(None, ignore, parts.materials.device)
-        if ranks.is_first:
-            metrics = held.enter_context(metrics_of(run_dir, parts.run, progress))
-            recorder = Recorder(metrics, watch, parts.materials.device)
-            for note in [*notes, *parts.materials.notes, *metrics.notes]:
-                recorder.event(progress.step, "note", note)
+        notes, device = [*notes, *parts.materials.notes], parts.materials.device
+        recorder = held.enter_context(
+            recording(run_dir, parts.run, step=progress.step, notes=notes, watch=watch, device=device)
+        )
         saver = held.enter_context(Saver(run_dir.checkpoints, ranks, background=parts.section.save_in_background))
         going = PolicyRun(parts, run_dir, progress, state, recorder, panel_of(parts), saver)
         begin(going)
@@ -115,18 +112,6 @@ def train_policy(
         require_learning(going)
         finish(parts.materials, run_dir, progress, recorder)
     return run_dir
-
-
-def metrics_of(run_dir: RunDir, run: RunFile, progress: Progress) -> Metrics:
-    """The metrics file and what is written beside it."""
-    return Metrics(
-        run_dir.path,
-        tensorboard=run.log.tensorboard,
-        wandb=run.log.wandb,
-        run_name=run.name,
-        config=run.model_dump(mode="json"),
-        resume_at_step=progress.step or None,
-    )
 
 
 def require_learning(going: PolicyRun) -> None:

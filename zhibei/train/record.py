@@ -5,16 +5,19 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from zhibei.config.run import RunFile
 from zhibei.model.meeting import note_step
 from zhibei.model.ranks import current
 from zhibei.store.metrics import Metrics
+from zhibei.store.run_dir import RunDir
 from zhibei.train.alarms import Alarm
 from zhibei.train.step import StepRecord
 
@@ -101,6 +104,28 @@ class Recorder:
         if self.device.type != "cuda":
             return None
         return round(torch.cuda.memory_allocated(self.device) / GIB, 3)
+
+
+@contextmanager
+def recording(
+    run_dir: RunDir, run: RunFile, *, step: int, notes: Sequence[str], watch: Watch, device: torch.device
+) -> Iterator[Recorder]:
+    """Where the figures of a run go from this step on, its notes first. Of several ranks the first has the files."""
+    if not current().is_first:
+        yield Recorder(None, ignore, device)
+        return
+    with Metrics(
+        run_dir.path,
+        tensorboard=run.log.tensorboard,
+        wandb=run.log.wandb,
+        run_name=run.name,
+        config=run.model_dump(mode="json"),
+        resume_at_step=step or None,
+    ) as metrics:
+        recorder = Recorder(metrics, watch, device)
+        for note in [*notes, *metrics.notes]:
+            recorder.event(step, "note", note)
+        yield recorder
 
 
 def host_gib() -> float:
