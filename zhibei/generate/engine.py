@@ -69,6 +69,19 @@ class _Active:
         return len(self.growing.prompt) + self.num_launched - 1
 
 
+def begun(request: Request, context: int | None, *, shows_text: bool) -> Growing:
+    """The answer to a request before its first token. Raises UserError for what no engine can do."""
+    refuse_beams(request.options)
+    return Growing(
+        request.prompt,
+        number=request.number,
+        context=context,
+        options=request.options,
+        decode=request.decode,
+        shows_text=shows_text,
+    )
+
+
 class Engine:
     """Answers requests with a causal model of transformers or PEFT, at most `slots` at a time.
 
@@ -128,15 +141,7 @@ class Engine:
                 fix="ask for fewer alternatives",
                 where=f"prompt {request.number}",
             )
-        refuse_beams(request.options)
-        growing = Growing(
-            request.prompt,
-            number=request.number,
-            context=self._context,
-            options=request.options,
-            decode=request.decode,
-            shows_text=request.pieces,
-        )
+        growing = begun(request, self._context, shows_text=request.pieces)
         if len(growing.prompt) + growing.budget > self._room:
             raise UserError(
                 f"{len(growing.prompt)} prompt tokens and {growing.budget} new ones do not fit into a slot",

@@ -55,7 +55,11 @@ class VllmWriter:
         self.engine = self.engine or self._start()
         send_weights(self.engine, model)
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        ways = [_as_asked(options, stop_ids, number) for number in numbers or range(len(prompts))]
+        own = {"stop": list(options.stop_strings) or None, "logprobs": 0, "skip_special_tokens": False}
+        ways = [
+            sampling_params(options, stop_ids, seed=(options.seed + number) % 2**31, **own)
+            for number in numbers or range(len(prompts))
+        ]
         outputs = [output.outputs[0] for output in self.engine.generate(asked, ways, use_tqdm=False)]
         tokens = [list(output.token_ids) for output in outputs]
         content = [[token for token in row if token not in stop_ids] for row in tokens]
@@ -141,7 +145,8 @@ def named_weights(model: Any, *, only_check: bool = False) -> Iterator[tuple[str
                 yield f"{name}.{last}".lstrip("."), tensor.detach()
 
 
-def _as_asked(options: SamplingOptions, stop_ids: Sequence[int], number: int) -> Any:
+def sampling_params(options: SamplingOptions, stop_ids: Sequence[int], *, seed: int, **more: Any) -> Any:
+    """What vLLM calls these options; `more` are settings of its own."""
     import vllm  # pyright: ignore[reportMissingImports]
 
     return vllm.SamplingParams(
@@ -151,11 +156,9 @@ def _as_asked(options: SamplingOptions, stop_ids: Sequence[int], number: int) ->
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
-        seed=(options.seed + number) % 2**31,
+        seed=seed,
         stop_token_ids=list(stop_ids),
-        stop=list(options.stop_strings) or None,
-        logprobs=0,
-        skip_special_tokens=False,
+        **more,
     )
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from zhibei.config.errors import UserError
 from zhibei.data.encode import with_system
 from zhibei.generate.answers import Growing, Piece, Token
-from zhibei.generate.choosing import refuse_beams
+from zhibei.generate.engine import begun
 from zhibei.generate.options import SamplingOptions
+from zhibei.generate.vllm_engine import sampling_params
 from zhibei.serve.chat import Prompt, Wording, fitting_prompt
 from zhibei.text.messages import Message
 
@@ -167,21 +168,13 @@ class VllmEngine:
                 fix="serve without --engine vllm",
                 where="mask",
             )
-        refuse_beams(request.options)
-        growing = Growing(
-            request.prompt,
-            number=request.number,
-            context=self._context,
-            options=request.options,
-            decode=request.decode,
-            shows_text=True,
-        )
+        growing = begun(request, self._context, shows_text=True)
         self._shared.num_requests += 1
         id = self._shared.num_requests
         self._shared.engine.add_request(
             str(id),
             {"prompt_token_ids": list(growing.prompt)},
-            _parameters(replace(request, options=replace(request.options, max_new_tokens=growing.budget))),
+            _parameters(request, growing.budget),
             lora_request=self._lora(),
         )
         self._open[id] = _Open(request, growing)
@@ -229,20 +222,12 @@ def _token(output: Any, place: int, num_top: int) -> Token:
     return Token(id, float(row[id].logprob), float(row[id].logprob), likeliest[:num_top] if num_top else None)
 
 
-def _parameters(request: Any) -> Any:
-    import vllm  # pyright: ignore[reportMissingImports]
-
-    options = request.options
-    return vllm.SamplingParams(
-        max_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k or -1,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
+def _parameters(request: Any, num_new: int) -> Any:
+    return sampling_params(
+        replace(request.options, max_new_tokens=num_new),
+        request.stop_ids,
         # A choice of one request draws otherwise than its neighbours.
-        seed=(options.seed + request.number * 0x9E3779B1) % 2**63,
-        stop_token_ids=list(request.stop_ids),
+        seed=(request.options.seed + request.number * 0x9E3779B1) % 2**63,
         ignore_eos=True,  # the ends are those above, as in training
         logprobs=request.top_logprobs,
         detokenize=False,
