@@ -14,7 +14,6 @@ hardly ever agrees, and not the loss that a kind is known to bring.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zhibei.config.errors import UserError
@@ -67,8 +66,3 @@ def limits_for(kind: str) -> Limits:
         fix="name the kind that it is compared as",
         where="--kind",
     )
-
-
-def loosest(kinds: Sequence[str]) -> Limits:
-    """The limits of whichever of several kinds may lose most."""
-    return max((limits_for(kind) for kind in kinds), key=lambda limits: limits.kl_mean)

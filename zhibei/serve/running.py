@@ -103,10 +103,6 @@ class Running:
         """`leave`, from another thread."""
         self._loop.call_soon_threadsafe(self.leave)
 
-    @property
-    def has_started(self) -> bool:
-        return self._server.started
-
     async def _end_when_done(self) -> None:
         until = time.monotonic() + self._settings.drain_seconds
         while self._service.num_open and time.monotonic() < until:

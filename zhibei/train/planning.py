@@ -12,7 +12,6 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.run import RunFile
-from zhibei.data.prepared import PreparedSet
 from zhibei.model.locate import locate
 from zhibei.model.ranks import current, ranks_asked
 from zhibei.plan.cards import known_card
@@ -28,13 +27,8 @@ from zhibei.store.headers import read_header
 GIB = 2**30
 
 
-def settled_on(device: torch.device, run: RunFile, rows: PreparedSet) -> Settled:
-    """The plan of a run with its real rows on this device."""
-    return settled_for(device, run, rows.train.lengths.tolist())
-
-
 def settled_for(device: torch.device, run: RunFile, lengths: Sequence[int]) -> Settled:
-    """The same from the tokens of what is never torn apart, a row or a pair."""
+    """The plan of a run on this device; `lengths`: tokens of what is never torn apart, a row or a pair."""
     ranks = ranks_asked()
     machine = Machine("this machine")
     if device.type == "cuda":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,21 +101,3 @@ def remedies_for(run: RunFile, shape: ModelShape, machine: Machine, rows: Rows) 
         if best.fits:
             found.insert(0, f"all {len(machine.gpus)} GPUs of this machine, by zhibei launch ({best.words})")
     return tuple(found)
-
-
-PROBE_STEPS, WARM_UP_STEPS = 20, 2
-
-
-def measured_rate(metrics: Path) -> float | None:
-    """Tokens per second over up to 20 real steps that a run has logged, its first two left out; None without any."""
-    rates: list[float] = []
-    try:
-        with open(metrics, encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                if record.get("kind") == "train" and record.get("tokens_per_s"):
-                    rates.append(float(record["tokens_per_s"]))
-    except (OSError, ValueError):
-        return None  # a line that is being written: the run goes on, and the model of throughput stands in
-    chosen = rates[WARM_UP_STEPS:][-PROBE_STEPS:]
-    return statistics.median(chosen) if chosen else None
