@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 
 from zhibei.config.training import Section
 
+Sharding = Literal["no_shard", "shard_grad_op", "full_shard", "hybrid"]
+"""How a model can be divided among ranks; what each means stands at the field."""
+
 OLD_NAMES: dict[str, tuple[str, str | None]] = {
     # torchrun scripts of Alpaca, FastChat and transformers: --fsdp "full_shard auto_wrap"
     "full_shard auto_wrap": ("full_shard", None),

@@ -68,8 +68,8 @@ def plan_values(run: RunFile) -> dict[str, Any]:
     if run.training.learning_rate is None:
         rate = LEARNING_RATES[run.stage][run.model.method != "full"]
         planned[f"{run.stage}.learning_rate"] = rate * RATE_FACTORS.get(run.training.optimizer, 1)
-    if run.model.method == "qlora" and run.model.quantize == "none":
-        planned["model.quantize"] = "nf4"
+    if run.model.held_as != run.model.quantize:
+        planned["model.quantize"] = run.model.held_as
     if run.model.method != "full" and run.lora.adapter is not None:
         planned |= _adapter_of_run(Path(run.lora.adapter))
     if run.stage == "ppo" and run.model.method == "full" and "models" not in run.ppo.model_fields_set:

@@ -49,6 +49,11 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Off unless you know the source."""
 
+    @property
+    def held_as(self) -> Literal["none", "int8", "nf4"]:
+        """How the base is held: `method: qlora` alone means nf4."""
+        return "nf4" if self.method == "qlora" and self.quantize == "none" else self.quantize
+
 
 class LoraSection(Section):
     """Low-rank adapters (arXiv:2106.09685), held by PEFT. Read only when model.method is lora or qlora."""

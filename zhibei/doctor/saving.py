@@ -126,7 +126,6 @@ def against_plan(scene: Scene, checkpoint: Path) -> list[tuple[str, Finding]]:
 def request_of(materials: Materials, probe: list[int]) -> dict[str, Any]:
     """What the new process is asked, and what it should find."""
     from zhibei.model.locate import locate
-    from zhibei.model.quantized import wanted_kind
     from zhibei.train.step import checksums
 
     model, tokenizer = materials.model, materials.tokenizer
@@ -137,7 +136,7 @@ def request_of(materials: Materials, probe: list[int]) -> dict[str, Any]:
         "device": str(materials.device),
         "precision": materials.precision,
         "base": locate(materials.run.model.path).weights if model.hf is not model.inner else None,
-        "quantize": wanted_kind(materials.run.model),
+        "quantize": materials.run.model.held_as,
         "checksums": dict(zip(parameters, checksums(parameters).tolist(), strict=True)),
         "probe_tokens": probe,
         "probe_text": PROBE_TEXT,

@@ -96,18 +96,13 @@ class Packing:
             yield flags
 
 
-def wanted_kind(section: ModelSection) -> QuantizeKind:
-    """What the run file asks the base to be held as: `method: qlora` alone means nf4."""
-    return "nf4" if section.method == "qlora" and section.quantize == "none" else section.quantize
-
-
 def packing_of(section: ModelSection, config: Any, weights: str) -> Packing:
     """How the weights of a folder or hub id are to be loaded, given its config.json.
 
     Weights that are stored in few bits stay as they are. Raises UserError for kinds that cannot be read here, for a
     kind other than the stored one, and for training all of the weights of a packed model.
     """
-    wanted, stored = wanted_kind(section), _stored_kind(config, weights)
+    wanted, stored = section.held_as, _stored_kind(config, weights)
     if stored == "none":
         options = {"quantization_config": quantization_config(wanted)} if wanted != "none" else {}
         return Packing(wanted, options)

@@ -15,12 +15,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from zhibei.config.distributed import Sharding
 from zhibei.config.errors import UserError
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.ranks import Place, Ranks, units_of, whole
-
-Sharding = Literal["auto", "no_shard", "shard_grad_op", "full_shard", "hybrid"]
-"""`auto` has become another one before a model is divided."""
 
 
 def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
@@ -40,14 +38,14 @@ def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
 
 def shard(
     model: LanguageModel,
-    how: Sharding,
+    how: Sharding | Literal["auto"],
     *,
     ranks: Ranks,
     device: torch.device,
     compute_dtype: torch.dtype,
     offload: bool = False,
 ) -> None:
-    """Divide the model in place; `no_shard` leaves every rank its whole copy.
+    """Divide the model in place; `no_shard`, and `auto` of one process alone, leave every rank its whole copy.
 
     Parameters that learn become fp32 (they are their own masters); products run in `compute_dtype`. Rank 0's weights
     are what counts: the others' may lie on the meta device. `offload`: what a rank holds lies in host memory between

@@ -6,17 +6,17 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from zhibei.config.distributed import Sharding
 from zhibei.config.policy import PolicySection
 from zhibei.config.run import RunFile
 from zhibei.plan.activations import Execution
 from zhibei.plan.machines import Gpu, Machine
 from zhibei.plan.shapes import ModelShape
 
-Sharding = Literal["no_shard", "shard_grad_op", "full_shard", "hybrid"]
 Offload = Literal["none", "optimizer", "all"]
-SHARDINGS: tuple[Sharding, ...] = ("no_shard", "shard_grad_op", "full_shard", "hybrid")
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 ITEM_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 GPU_PAD_MULTIPLE = 64  # train/materials.py
@@ -193,7 +193,7 @@ def job_of(
         row_tokens=rows.longest,
         stage=run.stage,
         method=run.model.method,
-        quantize="nf4" if run.model.method == "qlora" and run.model.quantize == "none" else run.model.quantize,
+        quantize=run.model.held_as,
         precision=precision,
         optimizer=section.optimizer,
         checkpointing=ways.checkpointing,

@@ -15,7 +15,7 @@ from zhibei.model.across import as_whole, written_by_first
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import load_for_inference
 from zhibei.model.locate import locate
-from zhibei.model.quantized import held_bytes, wanted_kind
+from zhibei.model.quantized import held_bytes
 from zhibei.model.ranks import current
 from zhibei.model.save import whole_tensors, write_weights
 from zhibei.model.wording import add_stop_ids
@@ -141,7 +141,7 @@ def prove(materials: Materials, folder: Path) -> list[Proof]:
 
     def read_back() -> LanguageModel:
         place, precision = place_to_read_back(materials)
-        kind = wanted_kind(materials.run.model)
+        kind = materials.run.model.held_as
         return load_for_inference(str(folder), device=place, precision=precision, base=base, quantize=kind)
 
     def compare(again: LanguageModel) -> list[Proof]:

@@ -19,7 +19,6 @@ from zhibei.losses.reward import centring_sum, pair_loss_sum, tie_loss_sum
 from zhibei.losses.tokens import TokenLoss
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.locate import locate
-from zhibei.model.quantized import wanted_kind
 from zhibei.model.ranks import current
 from zhibei.model.save import write_weights
 from zhibei.model.score_model import HEAD_TENSOR, load_score_model_for_inference, row_scores
@@ -160,7 +159,7 @@ def prove_score_model(materials: Materials, folder: Path) -> list[Proof]:
 
     def read_back() -> LanguageModel:
         place, precision = place_to_read_back(materials)
-        kind = wanted_kind(materials.run.model)
+        kind = materials.run.model.held_as
         return load_score_model_for_inference(str(folder), device=place, precision=precision, base=base, quantize=kind)
 
     def compare(again: LanguageModel) -> list[Proof]:

@@ -250,16 +250,14 @@ class Stepper:
     def _norms(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         """Euclidean norm of each gradient; squares of divided ones are added over the ranks that hold parts."""
         norms_N = gradient_norms(gradients)
-        groups = {p.device_mesh: p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)}
-        for mesh in groups:
-            squares_N = norms_N.square()
-            is_part_N = torch.tensor(
-                [isinstance(self.parameters[name], DTensor) for name in gradients], device=norms_N.device
-            )
-            summed_N = squares_N * is_part_N
-            torch.distributed.all_reduce(summed_N, group=mesh.get_group(mesh.ndim - 1))
-            norms_N = torch.where(is_part_N, summed_N, squares_N).sqrt()
-        return norms_N
+        mesh = next((p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)), None)
+        if mesh is None:
+            return norms_N
+        is_part_N = torch.tensor([isinstance(self.parameters[name], DTensor) for name in gradients])
+        is_part_N = is_part_N.to(norms_N.device, non_blocking=True)
+        squares_N = norms_N.square() * is_part_N
+        torch.distributed.all_reduce(squares_N, group=mesh.get_group(mesh.ndim - 1))
+        return torch.where(is_part_N, squares_N.sqrt(), norms_N)
 
     def _forget_gradients(self) -> None:
         self._sums = {}
