@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
 from zhibei.cli import console
 from zhibei.cli.merge import refresh_report, tell
-from zhibei.cli.parity_text import show, size, telling
+from zhibei.cli.parity_text import proving_of, show, size
 from zhibei.config.errors import UserError
 
 FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -26,10 +28,34 @@ FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Name of a form -> what it is, and the options that only some forms have."""
 
-DEFAULTS: dict[str, Any] = {
-    "dtype": "as-base", "types": "Q8_0", "imatrix": "", "imatrix_from": "", "split_gib": 0.0, "template": "",
-    "shards": 1, "new_rows": "zeros", "rank": 16, "checkpoint": "",
-}  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """Options that only some forms have."""
+
+    checkpoint: str = ""
+    """hf: a checkpoint of the run (step-000200, 200, newest) instead of its finished model, tensor by tensor."""
+    dtype: str = "as-base"
+    """Type of the weights: as-base, bf16, fp16 or fp32 (hf, delta, recover)."""
+    types: str = "Q8_0"
+    """GGUF types with commas: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS and others."""
+    imatrix: str = ""
+    """GGUF: an importance matrix from a file, or `run` to take it from the run's training rows."""
+    imatrix_from: str = ""
+    """GGUF: take the importance matrix from this text."""
+    split_gib: float = 0.0
+    """GGUF: the most GiB of one file; 0 for no limit."""
+    template: str = ""
+    """GGUF: another prompt template than the one the model was trained with."""
+    shards: int = 1
+    """Meta: in how many files (1, 2, 4, 8)."""
+    new_rows: str = "zeros"
+    """Differences: what the base has for tokens it lacks: zeros (Vicuna) or mean (Alpaca)."""
+    rank: int = 16
+    """Adapter: its rank."""
+
+
+OWN = Own()
 
 
 def export(
@@ -39,16 +65,7 @@ def export(
     to: str = "",
     base: str = "",
     out: str = "",
-    checkpoint: str = "",
-    dtype: str = "as-base",
-    types: str = "Q8_0",
-    imatrix: str = "",
-    imatrix_from: str = "",
-    split_gib: float = 0.0,
-    template: str = "",
-    shards: int = 1,
-    new_rows: str = "zeros",
-    rank: int = 16,
+    own: Annotated[Own, Parameter(name="*")] = OWN,
     text: str = "",
     no_parity: bool = False,
     device: str = "auto",
@@ -90,27 +107,6 @@ def export(
         The base of an adapter or difference, where it lies elsewhere than when it was trained.
     out
         The new folder; by default exports/FORM in the run.
-    checkpoint
-        hf: a checkpoint of the run (step-000200, 200, newest) instead of its finished model; the parts of all ranks are
-        put together, one tensor at a time.
-    dtype
-        Type of the weights: as-base, bf16, fp16 or fp32 (hf, delta, recover).
-    types
-        GGUF types with commas: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS and others.
-    imatrix
-        GGUF: an importance matrix from a file, or `run` to take it from the run's training rows.
-    imatrix_from
-        GGUF: take the importance matrix from this text.
-    split_gib
-        GGUF: the most GiB of one file; 0 for no limit.
-    template
-        GGUF: another prompt template than the one the model was trained with.
-    shards
-        Meta: in how many files (1, 2, 4, 8).
-    new_rows
-        Differences: what the base has for tokens it lacks: zeros (Vicuna) or mean (Alpaca).
-    rank
-        Adapter: its rank.
     text
         A text file to compare on, instead of the run's held-out rows.
     no_parity
@@ -125,35 +121,29 @@ def export(
     if not to and not json:
         console.stdout.print(table_of_forms())
         return
-    given = {
-        "dtype": dtype, "types": types, "imatrix": imatrix, "imatrix_from": imatrix_from, "split_gib": split_gib,
-        "template": template, "shards": shards, "new_rows": new_rows, "rank": rank, "checkpoint": checkpoint,
-    }  # fmt: skip
-    require_effect(to, given)
+    require_effect(to, own)
     if not source:
         raise UserError("nothing named", expected="a run or a model", fix=f"zhibei export runs/NAME --to {to}")
-    from zhibei.export.hand_over import Proving
-
-    proving = Proving(not no_parity, Path(text) if text else None, device, precision, telling(as_json=json))
+    proving = proving_of(text, no_parity=no_parity, device=device, precision=precision, as_json=json)
     place = Path(out) if out else None
     if to == "gguf":
-        _gguf(source, given, base=base or None, out=place, how=(proving, json))
+        _gguf(source, own, base=base or None, out=place, how=(proving, json))
         return
-    if checkpoint:
+    if own.checkpoint:
         from zhibei.export.checkpoints import export_checkpoint
 
-        told = {"base": base or None, "out": place, "dtype": dtype, "progress": proving.progress}
-        tell(export_checkpoint(source, checkpoint, **told), as_json=json)
+        told = {"base": base or None, "out": place, "dtype": own.dtype, "progress": proving.progress}
+        tell(export_checkpoint(source, own.checkpoint, **told), as_json=json)
         return
     from zhibei.export import forms
 
-    wanted = forms.Wanted(base or None, place, dtype, shards, rank, new_rows, proving)
+    wanted = forms.Wanted(base or None, place, own.dtype, own.shards, own.rank, own.new_rows, proving)
     made = forms.FORMS[to](source, wanted)
     refresh_report(source)
     tell(made, as_json=json)
 
 
-def require_effect(to: str, given: dict[str, Any]) -> None:
+def require_effect(to: str, own: Own) -> None:
     """Raises UserError for an unknown form, and for an option that the form does not have."""
     if to not in FORMS:
         raise UserError(
@@ -162,8 +152,8 @@ def require_effect(to: str, given: dict[str, Any]) -> None:
             fix="zhibei export  shows what each is",
             where="--to",
         )
-    for name, value in given.items():
-        if value != DEFAULTS[name] and name not in FORMS[to][1]:
+    for name, value in asdict(own).items():
+        if value != getattr(OWN, name) and name not in FORMS[to][1]:
             option = "--" + name.replace("_", "-")
             has_it = [form for form, (_, options) in FORMS.items() if name in options]
             raise UserError(
@@ -184,19 +174,18 @@ def table_of_forms() -> Table:
     return table
 
 
-def _gguf(source: str, given: dict[str, Any], *, base: str | None, out: Path | None, how: tuple[Any, bool]) -> None:
+def _gguf(source: str, own: Own, *, base: str | None, out: Path | None, how: tuple[Any, bool]) -> None:
     from zhibei.export.gguf.hand_over import Wanted, hand_over_gguf
     from zhibei.export.parity_limits import limits_for
 
     proving, as_json = how
-    imatrix = given["imatrix"]
     wanted = Wanted(
-        types=tuple(name.strip() for name in given["types"].split(",") if name.strip()),
-        imatrix=Path(imatrix) if imatrix not in ("", "run") else None,
-        imatrix_text=Path(given["imatrix_from"]) if given["imatrix_from"] else None,
-        imatrix_of_run=imatrix == "run",
-        split_bytes=int(given["split_gib"] * 2**30) or None,
-        template=given["template"] or None,
+        types=tuple(name.strip() for name in own.types.split(",") if name.strip()),
+        imatrix=Path(own.imatrix) if own.imatrix not in ("", "run") else None,
+        imatrix_text=Path(own.imatrix_from) if own.imatrix_from else None,
+        imatrix_of_run=own.imatrix == "run",
+        split_bytes=int(own.split_gib * 2**30) or None,
+        template=own.template or None,
     )
     made = hand_over_gguf(source, base=base, out=out, wanted=wanted, proving=proving)
     refresh_report(source)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from zhibei.cli import console
-from zhibei.cli.parity_text import show, size, telling
+from zhibei.cli.parity_text import proving_of, show, size
 from zhibei.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,12 +63,11 @@ def merge(
     json
         Print one JSON document.
     """
-    from zhibei.export.hand_over import Proving
     from zhibei.export.hand_over import merge as merge_adapters
 
     if not adapters:
         raise UserError("no adapter named", expected="a run or a PEFT folder", fix="zhibei merge runs/NAME")
-    proving = Proving(not no_parity, Path(text) if text else None, device, precision, telling(as_json=json))
+    proving = proving_of(text, no_parity=no_parity, device=device, precision=precision, as_json=json)
     made = merge_adapters(adapters, base=base or None, out=Path(out) if out else None, dtype=dtype, proving=proving)
     refresh_report(adapters[0])
     tell(made, as_json=json)

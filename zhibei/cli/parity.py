@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from zhibei.cli import console
@@ -72,7 +71,6 @@ def parity(
         )
     theirs = open_side(other, base=other_base or None, device=device, precision=precision)
     report = measure(mine, theirs, kind=kind, text=Path(text) if text else None, progress=telling(as_json=json))
-    report = replace(report, kind=kind)
     if json:
         console.emit(report.as_dict(limits), as_json=True)
     else:

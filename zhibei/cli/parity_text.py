@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from zhibei.cli.progress import choose_mode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zhibei.export.hand_over import Proving
     from zhibei.export.parity import Agreement, ParityReport
     from zhibei.export.parity_limits import Limits
 
@@ -71,6 +73,13 @@ def show(report: ParityReport, limits: Limits) -> None:
         console.stdout.print(Text(f"beyond its limit: {line}", style="red"))
     if not failures:
         console.stdout.print(Text(f"the same model, as far as {report.kind} goes", style="bold green"))
+
+
+def proving_of(text: str, *, no_parity: bool, device: str, precision: str, as_json: bool) -> Proving:
+    """What the options of a command say of the comparison at its end."""
+    from zhibei.export.hand_over import Proving
+
+    return Proving(not no_parity, Path(text) if text else None, device, precision, telling(as_json=as_json))
 
 
 def telling(*, as_json: bool) -> Callable[[str, int, int], None]:
