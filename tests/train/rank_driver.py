@@ -3,6 +3,7 @@
 python -m tests.train.rank_driver JOBS.json OUT.pt        (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
 """
 
+import atexit
 import dataclasses
 import json
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.train.rank_run import require_no_threads_of_gloo
 from tests.train.test_step import some_rows
 from zhibei.config.run import LoraSection, ModelSection, SftSection
 from zhibei.data.batches import Batches, BatchPlan
@@ -129,6 +131,7 @@ def unequal(batches: Batches, step: int, ranks: Ranks) -> list:
 
 
 def main() -> None:
+    atexit.register(require_no_threads_of_gloo)
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with met(CPU, patience_seconds=120) as ranks:
         found = [run_job(job, ranks) for job in jobs]

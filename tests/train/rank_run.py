@@ -3,6 +3,7 @@
 python -m tests.train.rank_run ORDERS.json        (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
 """
 
+import atexit
 import json
 import os
 import signal
@@ -18,7 +19,18 @@ from zhibei.store.run_dir import RunDir
 from zhibei.train.loops import train
 
 
+def require_no_threads_of_gloo() -> None:
+    """One that outlives the interpreter ends the process by a signal now and then."""
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    left = [name for name in names if "gloo" in name]
+    if left:
+        sys.stderr.write(f"threads are left: {left}\n")
+        sys.stderr.flush()
+        os._exit(7)
+
+
 def main() -> None:
+    atexit.register(require_no_threads_of_gloo)  # called after what is registered later
     orders = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with met(torch.device("cpu"), patience_seconds=120) as ranks:
         for order in orders:

@@ -5,6 +5,8 @@ Started by torchrun (or `zhibei launch`), each process finds RANK, WORLD_SIZE an
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import re
@@ -228,6 +230,9 @@ def _connect(asked: Ranks, device: torch.device, store: Any, patience_seconds: f
             timeout=timedelta(seconds=PATIENCE_OF_OPERATIONS * patience_seconds + 30),
             device_id=device if device.type == "cuda" else None,
         )
+        # A thread of gloo that frees a tensor while the interpreter is taken down ends the process by a signal, though
+        # all work was done: models must let go of their groups, whose threads then end, before that.
+        atexit.register(gc.collect)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {asked.rank} of {asked.world} did not reach the others: {str(error).splitlines()[0]}",

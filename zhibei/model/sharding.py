@@ -7,6 +7,7 @@ loss is a mean of is divided once, by the step.
 
 from __future__ import annotations
 
+import atexit
 import functools
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from zhibei.model.ranks import Place, Ranks, units_of, whole
 def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
     """The ranks in a row; for `hybrid` nodes by ranks within a node: shards stay inside, copies lie across."""
     if how != "hybrid":
-        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
+        return _mesh(device, {"shard": ranks.world})
     if ranks.world % ranks.per_node or ranks.world == ranks.per_node:
         raise UserError(
             f"hybrid sharding over {ranks.world} ranks, {ranks.per_node} of them on this node",
@@ -32,8 +33,14 @@ def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
             fix="set distributed.sharding: full_shard",
             where="distributed.sharding",
         )
-    shape = (ranks.world // ranks.per_node, ranks.per_node)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return _mesh(device, {"replicate": ranks.world // ranks.per_node, "shard": ranks.per_node})
+
+
+def _mesh(device: torch.device, sizes: dict[str, int]) -> DeviceMesh:
+    made = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    # torch's caches keep every mesh until the interpreter is taken down, and since 2.13 a mesh keeps its groups.
+    atexit.register(getattr(made, "_pg_registry", {}).clear)
+    return made
 
 
 def shard(
