@@ -204,7 +204,7 @@ def checkpoint(
     settle()
     groups, state = share(materials.stepper, progress)
     saver.begin(progress.step, groups, state, best_step=progress.best_step, may_go_on=may_go_on)
-    if not may_go_on:
+    if not saver.is_in_background:
         settle()
 
 

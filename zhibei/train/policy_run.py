@@ -293,7 +293,7 @@ def checkpoint(going: PolicyRun, *, may_go_on: bool = False) -> None:
     conclude(going)
     groups, state = share(parts, progress, going.state)
     going.saver.begin(progress.step, groups, state, best_step=progress.best_step, may_go_on=may_go_on)
-    if not may_go_on:
+    if not going.saver.is_in_background:
         conclude(going)
 
 

@@ -56,6 +56,8 @@ class Recorder:
         ranks = current()
         if not ranks.are_several:
             return taken
+        if not ranks.sum_on_host(len(taken))[0]:
+            return []
         return [
             Alarm(**{**told, "evidence": tuple(told["evidence"])})
             for told in ranks.from_first([asdict(alarm) for alarm in taken])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zhibei.config.errors import UserError
+from zhibei.config.errors import UserError, as_told, from_told
 from zhibei.model.ranks import Ranks
 from zhibei.store.checkpoint import Draft, step_path
 from zhibei.store.checkpoint_files import Groups, share_bytes, write_share
@@ -87,6 +87,11 @@ class Saver:
     def step(self) -> int | None:
         """The step whose save has begun and is not settled; the same on every rank."""
         return None if self._pending is None else self._pending.step
+
+    @property
+    def is_in_background(self) -> bool:
+        """Whether what has begun is written while training goes on; the same on every rank."""
+        return self._pending is not None and self._pending.thread is not None
 
     @property
     def is_writing(self) -> bool:
@@ -180,7 +185,7 @@ class Saver:
         if pending.thread is not None:
             pending.thread.join()
         self._pending = None
-        told = ranks.gathered([pending.lines, _as_list(pending.problem)])
+        told = ranks.gathered([pending.lines, None if pending.problem is None else as_told(pending.problem)])
 
         def commit() -> int:
             draft = pending.draft
@@ -206,11 +211,8 @@ class Saver:
         )
 
 
-def _as_list(problem: UserError | None) -> list[str] | None:
-    return None if problem is None else [problem.what, problem.expected, problem.fix, problem.where]
-
-
-def _as_error(name: str, rank: int, told: list[str], *, is_alone: bool) -> UserError:
-    what, expected, fix, where = told
-    what = what if name in what else f"{name}: {what}"
-    return UserError(what if is_alone else f"rank {rank}: {what}", expected=expected, fix=fix, where=where)
+def _as_error(name: str, rank: int, told: Mapping[str, Any], *, is_alone: bool) -> UserError:
+    problem = from_told(told)
+    what = problem.what if name in problem.what else f"{name}: {problem.what}"
+    problem.what = what if is_alone else f"rank {rank}: {what}"
+    return problem
