@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -123,10 +125,35 @@ def test_a_step_that_cannot_be_captured_is_computed_and_it_is_said(monkeypatch: 
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(CapturedStep, "_capture", refuse)
-    step = CapturedStep(lambda a, b: a + b, prove=lambda *_: None, slots=5, device=torch.device("cpu"))
+    step = CapturedStep(slots=5, device=torch.device("cpu"))
+    how: dict[str, Any] = {"compute": lambda a, b: a + b, "prove": lambda *_: None}
     with pytest.warns(RuntimeWarning, match="cannot be captured"):
-        assert step(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])).tolist() == [5, 7, 9]
-    assert step(torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1])).tolist() == [2, 3, 4]
+        assert step(torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), **how).tolist() == [5, 7, 9]
+    assert step(torch.tensor([1, 2, 3]), torch.tensor([1, 1, 1]), **how).tolist() == [2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:the decode step cannot be captured")
+def test_an_engine_that_is_done_with_lets_go_of_its_cache_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the road of a GPU, too: its cache beside the activations of training was a seventh of a run's memory."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr(CapturedStep, "_capture", refuse)
+    model = tiny_model("llama")
+    plain = road_of(model, slots=6, columns=64, pad_id=0)
+    assert isinstance(plain, FastRoad)
+    road = FastRoad(plain._slots, plain._cache, plain._model, plain._pieces, torch.device("cpu"))
+    road._captured = CapturedStep(slots=6, device=torch.device("cpu"))
+    with answering(model), torch.no_grad():
+        followed(road)
+    cache = weakref.ref(road._cache)
+    gc.disable()
+    try:
+        del plain, road
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_a_graph_serves_the_rows_it_was_made_for_with_little_to_spare() -> None:

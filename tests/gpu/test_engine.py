@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -150,3 +151,18 @@ def test_the_engine_answers_in_several_ways_side_by_side() -> None:
     assert engine.road == "fast"
     assert [len(answers[id].tokens) for id in ids] == [one.max_new_tokens for one in options]
     assert all(len(answers[id].alternatives) == len(answers[id].tokens) for id in ids)
+
+
+def test_an_engine_that_is_done_with_gives_its_memory_back_at_once() -> None:
+    model = model_of("llama-grouped")
+    options = SamplingOptions(max_new_tokens=8, temperature=0, seed=0, batch_rows=4)
+    generate(model, PROMPTS[:4], options=options, stop_ids=[])  # what libraries keep for good is there from now on
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    gc.disable()
+    try:
+        for _ in range(2):
+            generate(model, PROMPTS[:4], options=options, stop_ids=[])
+        assert torch.cuda.memory_allocated() - before < 2**20
+    finally:
+        gc.enable()

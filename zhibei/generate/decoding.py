@@ -185,7 +185,7 @@ class FastRoad:
         self._slots, self._cache, self._model, self._pieces = slots, cache, model, pieces
         self._captured = None
         if device.type == "cuda":
-            self._captured = CapturedStep(self._whole, prove=self._prove, slots=cache.slots, device=device)
+            self._captured = CapturedStep(slots=cache.slots, device=device)
         self._moves = cache.moves
 
     def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
@@ -198,7 +198,7 @@ class FastRoad:
         if self._moves != self._cache.moves:
             self._captured.forget()
             self._moves = self._cache.moves
-        return self._captured(tokens_B, positions_B)
+        return self._captured(tokens_B, positions_B, compute=self._whole, prove=self._prove)
 
     def move(self, source: int, target: int, *, num_tokens: int) -> None:
         self._cache.move(source, target, num_tokens=num_tokens)
