@@ -4,12 +4,15 @@
     python -m benchmarks.memory_stages --out FILE            # into another file, after each configuration
     python -m benchmarks.memory_stages --only ppo --folder /dev/shm/stages
     python -m benchmarks.memory_stages --tiny --folder /tmp/s --out /tmp/s.json   # a smoke test, also on a CPU
+    python -m benchmarks.memory_stages --tracked             # without a GPU: an eighth of the widths, tensors counted
     python -m benchmarks.memory_stages --merge FILE          # take in the result file of another machine
     python -m benchmarks.memory_stages --show
 
 The product's own loops run on random weights at the width of real models with few layers, from the run file to the
 last step; `predicted` is what the run's own plan.json says. Weights are random, so answers never end by themselves.
 Measured is the most that torch's tensors held, by phase: while loading, evaluating, and in a step or an iteration.
+`--tracked` has no allocator to ask and counts the tensors themselves (benchmarks/tensors_held.py): it sees what loops
+and models hold, not what graphs and libraries of a GPU keep.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,9 @@ from benchmarks.ppo import TEMPLATE, numbers_tokenizer, template_tokens
 from benchmarks.records import RESULTS, Record, merge, read, version_of, with_surroundings
 
 RESULT_FILE = RESULTS / "memory_stages.json"
+TRACKED_FILE = RESULTS / "memory_stages_tracked.json"
+NARROWER = 8
+"""How much narrower models are that run on a CPU: width, heads, and the vocabulary."""
 GIB = 2**30
 ANSWERS = 16
 NUM_RECORDS, HELD_OUT = 48, 8
@@ -98,7 +104,18 @@ SETTINGS = [
 
 
 def folder_of(setting: Setting, folder: Path) -> Path:
-    return folder / f"{setting.shape}-{setting.layers}"
+    return folder / f"{setting.shape.replace(' ', '-')}-{setting.layers}"
+
+
+def sizes_of(shape: str) -> dict[str, Any]:
+    """The sizes of a shape of the grid, or of one with "narrow " before its name."""
+    sizes = dict(SHAPES[shape.removeprefix("narrow ")])
+    if shape.startswith("narrow "):
+        for name in ("hidden_size", "intermediate_size", "vocab_size"):
+            sizes[name] //= NARROWER
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            sizes[name] = max(1, sizes[name] // NARROWER)
+    return sizes
 
 
 def make(folder: Path, setting: Setting) -> None:
@@ -109,10 +126,11 @@ def make(folder: Path, setting: Setting) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {**SHAPES[setting.shape], "num_hidden_layers": setting.layers, "max_position_embeddings": 2048}
+    sizes = {**sizes_of(setting.shape), "num_hidden_layers": setting.layers, "max_position_embeddings": 2048}
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
-    torch.set_default_dtype(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    is_tiny = setting.shape == "tiny"
+    torch.set_default_dtype(torch.float32 if is_tiny and not torch.cuda.is_available() else torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model: Any = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
@@ -136,8 +154,8 @@ def make(folder: Path, setting: Setting) -> None:
     unfinished.rename(place / "model")
 
 
-def run_file(setting: Setting, folder: Path, *, name: str) -> Path:
-    """The run file of a setting."""
+def run_file(setting: Setting, folder: Path, *, name: str, tracked: bool = False) -> Path:
+    """The run file of a setting; a tracked one computes on the CPU in the 16 bits of a GPU."""
     place = folder_of(setting, folder).resolve()
     writes = setting.stage in ("ppo", "grpo", "raft")
     section: dict[str, Any] = {
@@ -172,7 +190,9 @@ def run_file(setting: Setting, folder: Path, *, name: str) -> Path:
             "method": setting.method,
             "activation_checkpointing": setting.checkpointing,
             "compile": False,
+            **({"precision": "bf16"} if tracked else {}),
         },
+        **({"device": "cpu"} if tracked else {}),
         "data": {
             "sources": [str(place / ("prompts.json" if writes else "pairs.json"))],
             "template": TEMPLATE,
@@ -189,14 +209,29 @@ def run_file(setting: Setting, folder: Path, *, name: str) -> Path:
     return path
 
 
-def measured(path: Path, *, to_the_end: bool) -> dict[str, float]:
-    """The peaks of a run in GiB, by phase. The run ends after its last step unless its model is wanted."""
-    import torch
+class Allocator:
+    """The count that torch keeps on a GPU; nothing elsewhere."""
 
+    @property
+    def peak(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+    def reset_peak(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+
+def measured(path: Path, *, to_the_end: bool, tracked: bool) -> dict[str, float]:
+    """The peaks of a run in GiB, by phase. The run ends after its last step unless its model is wanted."""
+    from benchmarks.tensors_held import TensorsHeld
     from zhibei.config.read import read_run
     from zhibei.train.loops import train
 
-    on_gpu = torch.cuda.is_available()
+    counter = TensorsHeld() if tracked else Allocator()
     peaks: dict[str, float] = {}
     resolved = read_run(path)
     last = resolved.run.training.max_steps
@@ -204,23 +239,21 @@ def measured(path: Path, *, to_the_end: bool) -> dict[str, float]:
     def watch(record: dict[str, Any]) -> None:
         name = str(record.get("event") or record["kind"])
         phase = MEASURED_PHASES.get(name, "steps")
-        peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
         if name != "note":
-            peaks[phase] = max(peaks.get(phase, 0.0), round(peak, 4))
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+            peaks[phase] = max(peaks.get(phase, 0.0), round(counter.peak / GIB, 4))
+            counter.reset_peak()
         if not to_the_end and name in ("heldout", "evaluation") and record["step"] == last:
             raise Done
 
-    with contextlib.suppress(Done):
+    with contextlib.suppress(Done), counter if isinstance(counter, TensorsHeld) else contextlib.nullcontext():
         train(resolved, watch=watch)
     return peaks
 
 
-def one(folder: Path, setting: Setting, *, name: str, to_the_end: bool = False) -> Record:
+def one(folder: Path, setting: Setting, *, name: str, to_the_end: bool = False, tracked: bool = False) -> Record:
     """Measure one configuration in this process."""
-    path = run_file(setting, folder, name=name)
-    peaks = measured(path, to_the_end=to_the_end)
+    path = run_file(setting, folder, name=name, tracked=tracked)
+    peaks = measured(path, to_the_end=to_the_end, tracked=tracked)
     plan = json.loads((folder_of(setting, folder) / "runs" / name / "plan.json").read_text())
     promised = {phase["name"]: phase["gib"] for phase in plan["phases"]}
     predicted = {phase: max(promised[part] for part in PREDICTED_PHASES[phase] if part in promised) for phase in peaks}
@@ -241,7 +274,7 @@ def one(folder: Path, setting: Setting, *, name: str, to_the_end: bool = False) 
             "peak_at": f"{causes['name']}: {causes['moment']}",
             "causes_gib": causes["causes_gib"],
         },
-        COMMAND,
+        f"{COMMAND} --tracked" if tracked else COMMAND,
     )
 
 
@@ -286,7 +319,10 @@ def summary(record: Record) -> str:
 def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
     for setting in SETTINGS:
         if options.only in setting.name:
-            yield Setting(**{**vars(setting), "shape": "tiny", "tokens": 64}) if options.tiny else setting
+            changes: dict[str, Any] = {"shape": "tiny", "tokens": 64} if options.tiny else {}
+            if options.tracked:
+                changes["shape"] = f"narrow {setting.shape}"
+            yield replace(setting, **changes)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -303,7 +339,7 @@ def run(options: argparse.Namespace) -> int:
         setting = shapes[shape]
         if not (folder_of(setting, folder) / "runs" / JUDGE / "model").is_dir():
             judge = Setting(JUDGE, "reward", shape=setting.shape, layers=setting.layers, tokens=setting.tokens)
-            record = in_process(folder, judge, name=JUDGE, flags=["--to-the-end"], limit=120)
+            record = in_process(folder, judge, name=JUDGE, flags=["--to-the-end"], limit=options.seconds)
             print("judge:", summary(record), flush=True)
         judges[shape].set()
 
@@ -319,7 +355,9 @@ def run(options: argparse.Namespace) -> int:
             if left < 5:
                 print(f"# not started, the time is over: {setting.name}", flush=True)
                 return
-            record = in_process(folder, setting, name=f"{setting.stage}-{number}-{int(began)}", flags=[], limit=left)
+            name = f"{setting.stage}-{number}-{int(began)}"
+            flags = ["--tracked"] if options.tracked else []
+            record = in_process(folder, setting, name=name, flags=flags, limit=left)
         with lock:
             print(summary(record), flush=True)
             merge(options.out, [record])
@@ -351,10 +389,11 @@ def show(options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--folder", default="", help="where models and runs are put; by default a fresh one")
-    top.add_argument("--out", type=Path, default=RESULT_FILE, help="result file, written after each configuration")
+    top.add_argument("--out", type=Path, help="result file, written after each configuration")
     top.add_argument("--only", default="", help="only settings whose names contain this")
     top.add_argument("--seconds", type=float, default=240, help="start nothing after that")
     top.add_argument("--parallel", type=int, default=8, help="most configurations measured at the same time")
+    top.add_argument("--tracked", action="store_true", help="narrow models on the CPU, tensors counted one by one")
     top.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     top.add_argument("--merge", type=Path, help="take in a result file")
     top.add_argument("--show", action="store_true", help="print what the result file holds")
@@ -366,12 +405,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    options.out = options.out or (TRACKED_FILE if options.tracked else RESULT_FILE)
     if options.make:
         make(Path(options.folder), Setting(**json.loads(options.make)))
         return 0
     if options.one:
         setting = Setting(**json.loads(options.one))
-        record = one(Path(options.folder), setting, name=options.name, to_the_end=options.to_the_end)
+        record = one(
+            Path(options.folder), setting, name=options.name, to_the_end=options.to_the_end, tracked=options.tracked
+        )
         print(json.dumps(record))
         return 0
     if options.merge:

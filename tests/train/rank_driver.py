@@ -33,10 +33,11 @@ CPU = torch.device("cpu")
 
 def run_job(job: dict, ranks: Ranks) -> dict:
     """Gradients of the first step, losses of all, bytes that this rank holds."""
-    section = ModelSection(path=job["folder"], method=job["method"])
-    need = Need(CPU, "fp32", packing=job["packing"], longest_row=64, seed=1)
+    section = ModelSection(path=job["folder"], method=job["method"], quantize=job.get("quantize", "none"))
+    is_skeleton = job["sharding"] != "no_shard" and not ranks.is_first
+    need = Need(CPU, "fp32", packing=job["packing"], longest_row=64, seed=1, is_skeleton=is_skeleton)
     model = load_for_training(section, LoraSection(dropout=0.0), need)
-    if job["method"] == "lora":
+    if job["method"] != "full":
         random = torch.Generator().manual_seed(5)
         for name, parameter in model.trainable().items():
             if "lora_B" in name:
@@ -88,8 +89,9 @@ def run_job(job: dict, ranks: Ranks) -> dict:
         num_passes = record.num_micro_batches if step <= 1 else num_passes
         losses.append(record.loss)
         norms.append(record.grad_norm)
+    held_anyway = [part for name, part in model.hf.named_buffers() if ".part_" in name]
     held = {
-        "parameters": sum(own_part(p).numel() * p.element_size() for p in model.hf.parameters()),
+        "parameters": sum(own_part(p).numel() * p.element_size() for p in (*model.hf.parameters(), *held_anyway)),
         "gradients": sum(own_part(p).numel() * 4 for p in learning.values()),
         "optimizer": sum(t.nbytes for t in optimizer.tensors().values() if t.ndim),
     }

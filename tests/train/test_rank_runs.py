@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them(tmp
     def order(name: str, *more: str, **others) -> dict:
         return {"file": file, "overrides": [*settings, f"name={name}", *more], **others}
 
+    can_pack = find_spec("bitsandbytes") is not None
     adapters = ("model.method=lora", "distributed.sharding=no_shard")
     pair_run(tmp_path, "reward")
     short = [*settings[2:], "reward.max_steps=4"]
@@ -64,6 +66,7 @@ def test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them(tmp
         [
             order("two"),
             order("adapters", *adapters),
+            *([order("packed", "model.method=qlora")] if can_pack else []),
             order("cut", signal_after_step=5, fails=str(interrupted)),
             order("two", fails=str(tmp_path / "exists.json")),
             reward,
@@ -78,6 +81,10 @@ def test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them(tmp
     assert proofs_hold(RunDir(runs / "reward"))
     by_adapters = train(small_run(tmp_path, *settings[:2], "name=adapters-alone", "model.method=lora"))
     assert losses(RunDir(runs / "adapters")) == pytest.approx(losses(by_adapters), rel=1e-4)
+    if can_pack:
+        by_packed = train(small_run(tmp_path, *settings[:2], "name=packed-alone", "model.method=qlora"))
+        assert losses(RunDir(runs / "packed")) == pytest.approx(losses(by_packed), rel=1e-4)
+        assert proofs_hold(RunDir(runs / "packed"))
     by_one = train(pair_run(tmp_path, "reward", "name=reward-alone", "model.method=lora", *short))
     assert losses(RunDir(runs / "reward")) == pytest.approx(losses(by_one), rel=1e-4)
 

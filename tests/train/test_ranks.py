@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ JOBS = {
     "full, padded": {"packing": False, "steps": 3},
     "lora": {"method": "lora", "steps": 3},
     "lora, padded": {"method": "lora", "packing": False},
+    "nf4": {"method": "qlora", "steps": 3},
+    "nf4, recomputed": {"method": "qlora", "checkpointing": "full", "steps": 3},
+    "int8": {"method": "lora", "quantize": "int8", "steps": 3},
     "recomputed": {"checkpointing": "full", "steps": 3},
     "unequal": {"unequal": True, "steps": 3},
 }
@@ -69,12 +73,13 @@ def run_ranks(world: int, jobs: list[dict], folder: Path, *, per_node: int | Non
 
 def planned_job(job: dict, world: int, num_passes: int) -> tuple[ModelShape, Job]:
     shape = read_shape(json.loads((Path(job["folder"]) / "config.json").read_text()))
-    names = adapted_names(shape, "all-linear") if job["method"] == "lora" else ()
+    names = adapted_names(shape, "all-linear") if job["method"] != "full" else ()
     planned = Job(
         128,
         num_passes=num_passes,
         method=job["method"],
         precision="fp32",
+        quantize="nf4" if job["method"] == "qlora" else job.get("quantize", "none"),
         rank=LoraSection().rank,
         targets=names,
         sharding=job["sharding"],
@@ -98,7 +103,11 @@ def require_planned(found: dict, job: dict, world: int, monkeypatch: pytest.Monk
 
 
 def jobs_for(model: Path, ways: tuple[str, ...]) -> dict[tuple[str, str], dict]:
-    names = [(job, way) for job in JOBS for way in ways if way == "no_shard" or not JOBS[job].get("unequal")]
+    can_pack = find_spec("bitsandbytes") is not None
+    chosen = [
+        job for job, more in JOBS.items() if can_pack or not (more.get("quantize") or more.get("method") == "qlora")
+    ]
+    names = [(job, way) for job in chosen for way in ways if way == "no_shard" or not JOBS[job].get("unequal")]
     return {(job, way): {**BASE, **JOBS[job], "sharding": way, "folder": str(model)} for job, way in names}
 
 
@@ -131,7 +140,7 @@ def test_several_ranks_train_what_one_rank_trains(model, alone, tmp_path, world,
             difference = (found["gradients"][name] - gradient).abs().max().item()
             assert difference <= 1e-6 * max(1.0, gradient.abs().max().item()), f"{where}: {name}: {difference}"
         assert found["losses"] == pytest.approx(expected["losses"], rel=2e-4), where
-        if job in ("full", "full, padded", "lora"):
+        if job in ("full", "full, padded", "lora", "nf4", "int8"):
             require_planned(found, jobs[job, way], world, monkeypatch)
 
 

@@ -17,7 +17,7 @@ from zhibei.model.device import DTYPES, choose_device, choose_precision
 from zhibei.model.language_model import LanguageModel, check_head
 from zhibei.model.locate import Located, locate
 from zhibei.model.lora import add_adapters, read_adapter
-from zhibei.model.quantized import QuantizeKind, is_quantized, packing_of, put_own_layers
+from zhibei.model.quantized import QuantizeKind, forget_loading, is_quantized, packing_of, put_own_layers
 from zhibei.store.manifest import require_base
 from zhibei.text.hub import hub_options, silence
 
@@ -204,13 +204,15 @@ def load_weights(found: Located, section: ModelSection, need: Need, *, attention
 
 
 def _skeleton(kind: Any, config: Any, need: Need, *, attention_name: str) -> Any:
-    """The modules of a model, none of whose weights are read or made."""
+    """The modules of a model, none of whose weights are read or made. Layers that rank 0 holds packed are plain here
+    until the model is divided."""
     with torch.device("meta"):
         hf = kind.from_config(
             config, dtype=DTYPES[need.precision], attn_implementation=_their_attention(config, attention_name)
         )
     if attention_name in _OURS:
         hf.config._attn_implementation = attention_name
+    forget_loading(hf)
     return hf
 
 

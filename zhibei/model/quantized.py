@@ -158,6 +158,14 @@ class QuantisedLinear(torch.nn.Linear):
         """The packed values, then their scales."""
         return [getattr(self, f"part_{number}") for number in range(self.num_parts)]
 
+    def make_dividable(self) -> None:
+        """Hold the codes as parameters: FSDP divides nothing else. Floating scales are few and stay whole everywhere,
+        since what is gathered for a product comes in the model's type."""
+        for number, part in enumerate(self.parts):
+            if part.ndim and not part.is_floating_point():
+                delattr(self, f"part_{number}")
+                self.register_parameter(f"part_{number}", torch.nn.Parameter(part, requires_grad=False))
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         parts, size = self.parts, (self.out_features, self.in_features)
         needs_gradient = torch.is_grad_enabled() and input.requires_grad
@@ -294,13 +302,47 @@ def put_own_layers(hf: Any, dtype: torch.dtype) -> Any:
         own = _own_layer(module, dtype, is_8bit=isinstance(module, bitsandbytes.nn.Linear8bitLt))
         parent, _, last = name.rpartition(".")
         setattr(hf.get_submodule(parent), last, own)
-    # What loading left behind would make transformers and PEFT look for bitsandbytes' layers.
+    forget_loading(hf)
+    return hf
+
+
+def forget_loading(hf: Any) -> None:
+    """Take away what would make transformers and PEFT look for bitsandbytes' layers."""
     for name in ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method"):
         hf.__dict__.pop(name, None)
     for config in {id(config): config for config in (hf.config, hf.config.get_text_config())}.values():
         config.__dict__.pop("quantization_config", None)
         config.__dict__.pop("_is_quantized", None)
-    return hf
+
+
+def described(model: torch.nn.Module) -> dict[str, Any]:
+    """How the packed layers of a model lie in memory, in what JSON can hold."""
+    return {
+        name: {
+            "how": layer.how,
+            "dtype": str(layer.dtype),
+            "parts": [[str(part.dtype), list(part.shape)] for part in layer.parts],
+        }
+        for name, layer in quantised_layers(model).items()
+    }
+
+
+def put_described(model: torch.nn.Module, layers: Mapping[str, Any]) -> None:
+    """Put packed layers without values (on the meta device) into a model that has plain ones there."""
+    for name, told in layers.items():
+        parent, _, last = name.rpartition(".")
+        plain: Any = model.get_submodule(name)
+        parts = [torch.empty(size, dtype=_dtype_of(kind), device="meta") for kind, size in told["parts"]]
+        shape = (plain.out_features, plain.in_features)
+        own = QuantisedLinear(parts, how=told["how"], shape=shape, dtype=_dtype_of(told["dtype"]))
+        if plain.bias is not None:
+            own.bias = torch.nn.Parameter(plain.bias.data, requires_grad=False)
+        own.train(plain.training)
+        setattr(model.get_submodule(parent), last, own)
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def _own_layer(module: Any, dtype: torch.dtype, *, is_8bit: bool) -> QuantisedLinear:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from zhibei.config.distributed import Sharding
 from zhibei.config.errors import UserError
 from zhibei.model.language_model import LanguageModel
+from zhibei.model.quantized import described, put_described, quantised_layers
 from zhibei.model.ranks import Place, Ranks, units_of, whole
 
 
@@ -67,6 +68,7 @@ def shard(
     for parameter in model.hf.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _agree_on_packed_layers(model, ranks)
     held = {name: tensor.data for name, tensor in all_tensors(model.hf).items()} if ranks.is_first else {}
     is_tied = embedding.weight is model.head.weight
     model.hf.to("meta")
@@ -96,6 +98,15 @@ def shard(
     embedding.forward = functools.partial(_embed, embedding, compute_dtype)
     if _is_own_head(model):
         model.head.forward = functools.partial(_project, model.head, compute_dtype)
+
+
+def _agree_on_packed_layers(model: LanguageModel, ranks: Ranks) -> None:
+    """Every rank has packed layers where rank 0 has them."""
+    told = ranks.from_first(described(model.hf) if ranks.is_first else None)
+    if not ranks.is_first:
+        put_described(model.hf, told)
+    for layer in quantised_layers(model.hf).values():
+        layer.make_dividable()
 
 
 def _is_own_head(model: LanguageModel) -> bool:

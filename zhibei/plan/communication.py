@@ -4,8 +4,9 @@ Rings and trees move the same (arXiv:1910.02054, section 7): to gather or to sca
 S (N - 1) / N; to add up S bytes everywhere, twice that. What is moved is what model/sharding.py and train/step.py do:
 
 no_shard: gradients of what learns are added up once a step, in fp32.
-full_shard: layers are gathered in every pass, forward and again backward, in the type that computes; embedding and head
-once. Gradients are scattered in every pass: of layers in fp32, of embedding and head in the type that computes.
+full_shard: layers are gathered in every pass, forward and again backward, in the type that computes (of packed ones the
+codes); embedding and head once. Gradients are scattered in every pass: of layers in fp32, of embedding and head in the
+type that computes.
 shard_grad_op: the same, but layers are gathered once a pass.
 hybrid: the same within each node; then the nodes add up the parts, in fp32.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zhibei.plan.division import FP32, ways_of
-from zhibei.plan.holdings import adapter_sizes
+from zhibei.plan.holdings import adapter_sizes, gathered_layers
 from zhibei.plan.job import Job
 from zhibei.plan.machines import Machine
 from zhibei.plan.shapes import ModelShape
@@ -51,10 +52,11 @@ def traffic_of(shape: ModelShape, job: Job) -> Traffic:
         return Traffic(added_up=2 * FP32 * learned * _share(job.num_gpus))
     item, passes = job.item_bytes, job.num_passes
     outside = shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters)
-    layers = shape.num_parameters - outside + (learned if job.trains_adapters else 0)
+    inside = shape.num_parameters - outside - shape.layer_parameters
+    gathered_once = sum(gathered_layers(shape, job)) + item * (inside + (learned if job.trains_adapters else 0))
     times = 1 if job.sharding == "shard_grad_op" else 2
-    gathered = passes * item * (times * layers + outside) * _share(ways)
-    in_fp32 = learned if job.trains_adapters else layers
+    gathered = passes * (times * gathered_once + item * outside) * _share(ways)
+    in_fp32 = learned if job.trains_adapters else shape.num_parameters - outside
     scattered = passes * (FP32 * in_fp32 + (0 if job.trains_adapters else item * outside)) * _share(ways)
     copies = job.num_gpus // ways
     across = 2 * passes * FP32 * learned / ways * _share(copies) if copies > 1 else 0.0

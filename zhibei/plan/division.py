@@ -2,20 +2,26 @@
 
 no_shard: every GPU holds everything. Otherwise each holds the first, second, ... equal part of every tensor's rows;
 what learns lies in fp32 and is its own master, gradients are fp32 parts, what is frozen keeps its type. A layer is
-gathered in the type that computes: two at a time (the one in use and the next) with full_shard and hybrid, all of them
-until the backward pass is over with shard_grad_op; embeddings and head are gathered whole for a pass. hybrid divides
-among the GPUs of a node only.
+gathered in the type that computes (of a packed one the codes): two at a time (the one in use and the next) with
+full_shard and hybrid, all of them until the backward pass is over with shard_grad_op; embeddings and head are gathered
+whole for a pass. hybrid divides among the GPUs of a node only.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from zhibei.config.policy import PolicySection
 from zhibei.config.run import RunFile
-from zhibei.plan.holdings import Holdings, adapter_shapes, in_model_order, rounded
+from zhibei.plan.holdings import (
+    Holdings,
+    adapter_shapes,
+    gathered_layers,
+    in_model_order,
+    part_elements,
+    rounded,
+    weight_bytes,
+)
 from zhibei.plan.job import Job
 from zhibei.plan.shapes import ModelShape
 
@@ -36,8 +42,6 @@ def why_whole(run: RunFile) -> str | None:
     """The setting because of which every rank must hold whole models; None for a run whose weights can be divided."""
     section = run.training
     reasons = {
-        "model.method: qlora (packed weights are one tensor)": run.model.method == "qlora",
-        f"model.quantize: {run.model.quantize} (packed weights are one tensor)": run.model.quantize != "none",
         "lora.modules_to_save": run.model.method != "full" and bool(run.lora.modules_to_save),
         f"{run.stage}.optimizer: {section.optimizer} (it keeps figures of whole matrices)": section.optimizer
         != "adamw",
@@ -79,11 +83,10 @@ def part_of(shape: ModelShape, job: Job, held: Holdings, ways: int) -> Holdings:
     base = [part_elements(size, ways) for _, size in in_model_order(shape)]
     adapters = [part_elements(size, ways) for size in adapter_shapes(shape, job)]
     trained = adapters if job.trains_adapters else base
-    item = job.item_bytes if job.trains_adapters else FP32
     in_fp32 = sum(rounded(FP32 * size) for size in trained)
     return replace(
         held,
-        weights=sum(rounded(item * size) for size in base),
+        weights=weight_bytes(shape, job, ways=ways) if job.trains_adapters else in_fp32,
         adapters=in_fp32 if job.trains_adapters else 0,
         masters=0,
         states=2 * in_fp32,
@@ -95,17 +98,11 @@ def part_of(shape: ModelShape, job: Job, held: Holdings, ways: int) -> Holdings:
     )
 
 
-def part_elements(size: Iterable[int], ways: int) -> int:
-    """Of a tensor whose rows are dealt out as torch.chunk deals them: the first rank's."""
-    rows, *rest = size
-    return -(-rows // ways) * math.prod(rest)
-
-
 def gathered_bytes(shape: ModelShape, job: Job) -> float:
     """Whole weights in use on top of the parts, and the whole gradients of one layer before they are divided: in the
     type that computes, and in fp32 to be added up."""
     outside = shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters)
-    layer = shape.largest_layer_parameters
-    layers = shape.num_layers * layer if job.sharding == "shard_grad_op" else GATHERED_LAYERS * layer
-    gradients = 0 if job.trains_adapters else (job.item_bytes + FP32) * layer
-    return job.item_bytes * (layers + outside) + gradients
+    layers = gathered_layers(shape, job)
+    held = sum(layers) if job.sharding == "shard_grad_op" else GATHERED_LAYERS * max(layers, default=0)
+    gradients = 0 if job.trains_adapters else (job.item_bytes + FP32) * shape.largest_layer_parameters
+    return held + job.item_bytes * outside + gradients

@@ -7,7 +7,7 @@ bitsandbytes (8-bit states of 256-value blocks, 4-bit weights of 64-value blocks
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from zhibei.plan.job import Job
@@ -100,15 +100,44 @@ def in_model_order(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
     return [*first, *(pair for pair in tensors if pair[0] not in shape.outside), *last]
 
 
-def weight_bytes(shape: ModelShape, job: Job) -> int:
-    """The base: in the model's type, or its linears as int8 or nf4 and the rest in the model's type."""
-    item = job.item_bytes
-    packed = {f"{linear.name}.weight" for linear in shape.linears()} if job.quantize != "none" else set()
+def weight_bytes(shape: ModelShape, job: Job, *, ways: int = 1) -> int:
+    """The base: in the model's type, or its linears as int8 or nf4 and the rest in the model's type. `ways`: what the
+    first of so many ranks holds of it."""
+    packed = packed_names(shape, job)
     total = 0
     for name, size in shape.tensors():
-        elements = math.prod(size)
-        total += PACKED[job.quantize](elements, size[0]) if name in packed else rounded(item * elements)
+        if name in packed:
+            codes, scales = PACKED[job.quantize](math.prod(size), size[0])
+            total += sum(rounded(part_elements(part, ways)) for part in codes) + sum(map(rounded, scales))
+        else:
+            total += rounded(job.item_bytes * part_elements(size, ways))
     return total
+
+
+def packed_names(shape: ModelShape, job: Job) -> set[str]:
+    """The tensors that are held in few bits."""
+    return {f"{linear.name}.weight" for linear in shape.linears()} if job.quantize != "none" else set()
+
+
+def part_elements(size: Iterable[int], ways: int) -> int:
+    """Of a tensor whose rows are dealt out as torch.chunk deals them: the first rank's."""
+    rows, *rest = size
+    return -(-rows // ways) * math.prod(rest)
+
+
+def gathered_layers(shape: ModelShape, job: Job) -> list[int]:
+    """Bytes of each layer's weights when ranks put it together: in the type that computes, or its codes."""
+    packed = packed_names(shape, job)
+    found = []
+    for number, layer in enumerate(shape.layers):
+        total = 0
+        for name, size in layer.items():
+            if f"{shape.layer_prefix}.{number}.{name}" in packed:
+                total += sum(math.prod(part) for part in PACKED[job.quantize](math.prod(size), size[0])[0])
+            else:
+                total += job.item_bytes * math.prod(size)
+        found.append(total)
+    return found
 
 
 def unpacked_bytes(shape: ModelShape, job: Job) -> int:
@@ -118,19 +147,23 @@ def unpacked_bytes(shape: ModelShape, job: Job) -> int:
     return rounded(job.item_bytes * max(linear.inputs * linear.outputs for linear in shape.linears()))
 
 
-def _int8(elements: int, rows: int) -> int:
+Packed = tuple[list[tuple[int, ...]], list[int]]
+"""Sizes of a packed matrix' codes (a byte each, dealt out among ranks), and bytes of its scales (whole everywhere)."""
+
+
+def _int8(elements: int, rows: int) -> Packed:
     """LLM.int8 (arXiv:2208.07339): a byte per value and an fp32 scale per row."""
-    return rounded(elements) + rounded(4 * rows)
+    return [(rows, elements // rows)], [4 * rows]
 
 
-def _nf4(elements: int, rows: int) -> int:
+def _nf4(elements: int, rows: int) -> Packed:
     """QLoRA (arXiv:2305.14314): half a byte per value; scales of 64-value blocks, themselves held in 8 bits."""
+    del rows
     blocks = -(-elements // BLOCK_NF4)
-    scales = rounded(blocks) + rounded(4 * -(-blocks // BLOCK_SCALES))
-    return rounded(elements / 2) + scales + rounded(4 * CODE_VALUES) + rounded(4)
+    return [(-(-elements // 2),), (blocks,)], [4 * -(-blocks // BLOCK_SCALES), 4 * CODE_VALUES, 4]
 
 
-PACKED: Mapping[str, Callable[[int, int], int]] = {"int8": _int8, "nf4": _nf4}
+PACKED: Mapping[str, Callable[[int, int], Packed]] = {"int8": _int8, "nf4": _nf4}
 
 
 def adapter_sizes(shape: ModelShape, job: Job) -> list[int]:
