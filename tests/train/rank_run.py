@@ -36,7 +36,7 @@ def main() -> None:
         for order in orders:
 
             def watch(record: dict, stop: int | None = order.get("signal_after_step")) -> None:
-                if stop is not None and record["kind"] == "train" and record["step"] == stop:
+                if stop is not None and record["kind"] in ("train", "iteration") and record["step"] == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
 
             resume = RunDir(Path(order["resume"])) if order.get("resume") else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.tiny import tiny_model_folder
 from zhibei.config.read import read_run
 from zhibei.config.resolve import ResolvedRun
+from zhibei.train.loops import train
 
 REWARD = '''
 def letters(prompts, answers, references):
@@ -53,3 +54,22 @@ log: {{tensorboard: false}}
         encoding="utf-8",
     )
     return read_run(str(file), overrides)
+
+
+def make_judges(folder: Path) -> None:
+    """Small reward models that like letters: runs/judge-full, and runs/judge-lora on the policies' own base."""
+    small_policy(folder, "ppo")
+    pairs = [{"prompt": f"Say {i}.", "chosen": "a bb c", "rejected": "% @@ &"} for i in range(40)]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    for method, rate in (("full", 1e-3), ("lora", 1e-2)):
+        (folder / "judge.yaml").write_text(
+            f"""name: judge-{method}
+runs: {folder / "runs"}
+stage: reward
+model: {{path: {folder / "tiny-llama"}, method: {method}}}
+data: {{sources: [{folder / "pairs.json"}], template: alpaca, max_tokens: 120, validation: 0.2, workers: 0}}
+reward: {{global_batch: 8, max_steps: 6, learning_rate: {rate}, micro_batch_tokens: 1024}}
+log: {{tensorboard: false}}
+"""
+        )
+        train(read_run(folder / "judge.yaml"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.small_policy import small_policy
+from tests.train.small_policy import make_judges, small_policy
 from tests.train.test_rank_runs import proofs_hold, run_orders
 from zhibei.generate.rewards import RewardFailed
 from zhibei.generate.rollouts import Rollout
@@ -24,6 +24,9 @@ RUNS = {
 DIVIDED = {
     "ppo-divided": ("ppo-full", ["distributed.sharding=full_shard"]),
     "grpo-divided": ("grpo", ["model.method=full", "distributed.sharding=full_shard"]),
+    "ppo-adapters-divided": ("ppo", ["distributed.sharding=full_shard"]),
+    "raft-adapters-divided": ("raft", ["distributed.sharding=shard_grad_op"]),
+    "grpo-qlora-divided": ("grpo-qlora", ["distributed.sharding=full_shard"]),
 }
 COMPARED = (
     "reward_mean", "kl", "policy_loss", "grad_norm", "critic_loss", "answers", "tokens", "entropy", "sampler_gap_max",
@@ -58,34 +61,63 @@ def test_two_ranks_learn_from_rewards_what_one_learns(tmp_path: Path) -> None:
         for name, settings in plain.items()
         if name not in DIVIDED
     }
+    alone |= {name: alone[like] for name, (like, _) in DIVIDED.items()}
     alone["grpo-divided"] = train(
         small_policy(tmp_path, "grpo", *plain["grpo-divided"][:-1], "name=grpo-divided-alone")
     )
-    alone["ppo-divided"] = alone["ppo-full"]
     orders = [
         {"file": str(tmp_path / f"{stages[name]}.yaml"), "overrides": [*settings, f"name={name}"]}
         for name, settings in plain.items()
     ]
-    refusals = {
-        "refused": ["distributed.sharding=full_shard"],
-        "packed": ["model.method=qlora", "distributed.sharding=full_shard"],
-    }
-    for name, more in refusals.items():
-        orders.append(
-            {
-                "file": str(tmp_path / "grpo.yaml"),
-                "overrides": [*plain["grpo"], *more, f"name={name}"],
-                "fails": str(tmp_path / f"{name}.json"),
-            }
-        )
+    refused = tmp_path / "refused.json"
+    more = ["grpo.optimizer=adafactor", "distributed.sharding=full_shard", "name=refused"]
+    orders.append({"file": str(tmp_path / "grpo.yaml"), "overrides": [*plain["grpo"], *more], "fails": str(refused)})
     run_orders(2, orders, tmp_path)
     for name, one in alone.items():
         two = RunDir(tmp_path / "runs" / name)
         require_same(one, two)
         assert proofs_hold(two)
-    for name in refusals:
-        told = json.loads((tmp_path / f"{name}.json").read_text())
-        assert all("full_shard" in what for _, what in told), told
+    told = json.loads(refused.read_text())
+    assert all("full_shard" in what for _, what in told), told
+
+
+@pytest.mark.slow
+def test_divided_adapters_with_a_judge_beside_them_cut_off_or_going_on(tmp_path: Path) -> None:
+    """The reward model on the policy's base, a critic that begins as it, an adapter that learns on (its start is the
+    reference then); and a run that is cut off on two ranks and goes on alone."""
+    make_judges(tmp_path)
+    start = train(small_policy(tmp_path, "grpo", "grpo.max_steps=1", "name=start"))
+    judged = ["ppo.reward=null", "ppo.min_reward_accuracy=0", "ppo.critic_from=reward_model"]
+    runs = {
+        "on-base": ("ppo", [*judged, f"ppo.reward_model={tmp_path / 'runs' / 'judge-lora'}"]),
+        "full": (
+            "ppo",
+            [
+                *judged,
+                f"ppo.reward_model={tmp_path / 'runs' / 'judge-full'}",
+                "ppo.models=separate",
+                "model.method=full",
+            ],
+        ),
+        "goes-on": ("grpo", [f"lora.adapter={start.path / 'model'}"]),
+    }
+    alone, orders = {}, []
+    for name, (stage, settings) in runs.items():
+        small_policy(tmp_path, stage)
+        alone[name] = train(small_policy(tmp_path, stage, *settings, f"name={name}-alone"))
+        more = [*settings, "distributed.sharding=full_shard", f"name={name}"]
+        orders.append({"file": str(tmp_path / f"{stage}.yaml"), "overrides": more})
+    stage, settings = runs["on-base"]
+    cut = [*settings, "distributed.sharding=full_shard", "name=cut"]
+    told = tmp_path / "cut.json"
+    orders.append({"file": str(tmp_path / "ppo.yaml"), "overrides": cut, "signal_after_step": 1, "fails": str(told)})
+    run_orders(2, orders, tmp_path)
+    for name, one in alone.items():
+        require_same(one, RunDir(tmp_path / "runs" / name))
+        assert proofs_hold(RunDir(tmp_path / "runs" / name))
+    assert [kind for kind, _ in json.loads(told.read_text())] == ["RunInterrupted"] * 2
+    resumed = train(small_policy(tmp_path, stage, *cut), resume=RunDir(tmp_path / "runs" / "cut"))
+    require_same(alone["on-base"], resumed)
 
 
 def test_every_answer_is_written_by_one_rank() -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.small_policy import small_policy
+from tests.train.small_policy import make_judges, small_policy
 from zhibei.config.errors import UserError
-from zhibei.config.read import read_run
 from zhibei.data.batches import BatchPlan
 from zhibei.generate.rewards import Answered
 from zhibei.model.score_model import last_tokens, load_score_model_for_inference
@@ -32,23 +31,8 @@ from zhibei.train.reward_sources import model_scorer, unsupervised_rows
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small reward models that like letters: runs/judge-full, and runs/judge-lora on the policies' own base."""
     folder = tmp_path_factory.mktemp("judge")
-    small_policy(folder, "ppo")
-    pairs = [{"prompt": f"Say {i}.", "chosen": "a bb c", "rejected": "% @@ &"} for i in range(40)]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    for method, rate in (("full", 1e-3), ("lora", 1e-2)):
-        (folder / "judge.yaml").write_text(
-            f"""name: judge-{method}
-runs: {folder / "runs"}
-stage: reward
-model: {{path: {folder / "tiny-llama"}, method: {method}}}
-data: {{sources: [{folder / "pairs.json"}], template: alpaca, max_tokens: 120, validation: 0.2, workers: 0}}
-reward: {{global_batch: 8, max_steps: 6, learning_rate: {rate}, micro_batch_tokens: 1024}}
-log: {{tensorboard: false}}
-"""
-        )
-        train(read_run(folder / "judge.yaml"))
+    make_judges(folder)
     return folder
 
 

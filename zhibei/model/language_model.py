@@ -70,6 +70,8 @@ class LanguageModel:
         self.neftune_alpha = neftune_alpha
         self.place: Place | None = None
         """Set when the model is divided among ranks."""
+        self.learning_adapters: tuple[str, ...] = ()
+        """Of a divided model: the adapters that learn, by turns perhaps. FSDP asks once what requires gradients."""
 
     @property
     def config(self) -> Any:
@@ -99,7 +101,24 @@ class LanguageModel:
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that learn, by the name they have in `hf`; tied ones appear once."""
-        return {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
+        found = {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
+        if not self.learning_adapters:
+            return found
+        return {name: parameter for name, parameter in found.items() if f".{self.hf.active_adapter}." in name}
+
+    def activate(self, adapter: str) -> None:
+        """Make one adapter the active one: what learns is what is in use."""
+        if self.hf is not self.inner and self.hf.active_adapter != adapter:
+            self.hf.set_adapter(adapter)
+            self._keep_learning()
+
+    def _keep_learning(self) -> None:
+        """PEFT lets nothing but the active adapter require gradients; a divided model must stay as FSDP met it."""
+        if not self.learning_adapters:
+            return
+        for name, parameter in self.hf.named_parameters():
+            if ".lora_" in name:
+                parameter.requires_grad_(any(f".{adapter}." in name for adapter in self.learning_adapters))
 
     def num_parameters(self) -> tuple[int, int]:
         """(trainable, all); a packed matrix counts by its size, not by the bytes it lies in."""
@@ -178,7 +197,9 @@ class LanguageModel:
                 fix="load the base model from its own path",
             )
         with self.hf.disable_adapter():
+            self._keep_learning()
             yield
+        self._keep_learning()
 
     def layers(self) -> list[torch.nn.Module]:
         """The decoder layers, found by what transformers marks as checkpointable."""

@@ -58,6 +58,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def same_as_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values, in place."""
+        if self.are_several:
+            mark("takes rank 0's values")
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def sum_on_host(self, *values: float) -> list[float]:
         """Sums of plain numbers over all ranks, without the devices."""
         if not self.are_several:

@@ -6,7 +6,7 @@ Knows models, not rewards or loops. Dimensions: N positions of a batch, D hidden
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from zhibei.config.run import LoraSection, ModelSection
 from zhibei.model.language_model import BatchLike, LanguageModel
 from zhibei.model.load import Need, load_for_training
 from zhibei.model.lora import add_adapters, read_adapter_beside
+from zhibei.model.ranks import Ranks
 from zhibei.model.score_adapter import put_on, read_score_adapter
 from zhibei.model.score_model import load_whole_score_model, wrapped
 
@@ -73,11 +74,22 @@ class Roles:
         has_own = self.critic is not None and self.critic.model is not self.policy
         return [self.policy, self.critic.model] if has_own and self.critic else [self.policy]
 
-    def divided(self) -> None:
-        """Take the critic's parameters as they are once the models were divided among ranks: they are others then."""
+    def divide(self, divide: Callable[[LanguageModel], None], ranks: Ranks) -> None:
+        """Have every model divided among ranks. The critic's parameters are others afterwards, and what every rank
+        keeps whole (its head) is rank 0's."""
+        if self.critic is not None:
+            for parameter in self.critic.parameters.values():
+                parameter.requires_grad_(True)  # also those of an adapter that is not in use now
+        for model in [*self.own_models, *filter(None, [self.reference])]:
+            divide(model)
         if self.critic is not None:
             now = dict(self.critic.model.hf.named_parameters())
             self.critic.parameters.update({name: now[name] for name in self.critic.parameters if name in now})
+            for parameter in self.critic.head.parameters():
+                ranks.same_as_first(parameter.data)
+        if self.judge is not None:
+            self.judge.place, self.judge.learning_adapters = self.policy.place, self.policy.learning_adapters
+            ranks.same_as_first(self.judge.head.weight.data)
 
     @contextmanager
     def as_critic(self) -> Iterator[Critic]:
@@ -132,21 +144,21 @@ def load_roles(section: ModelSection, lora: LoraSection, need: Need, cast: Cast)
         reference = _frozen(load_for_training(section, lora, need))
     elif cast.has_reference and lora.adapter is not None:
         read_adapter_beside(policy.hf, lora.adapter, name=REFERENCE)
-        _activate(policy, POLICY)
+        policy.activate(POLICY)
     if cast.has_critic:
         make = _shared_critic if cast.is_shared else _own_critic
         critic = make(policy, section, lora, need, cast)
-        _activate(policy, POLICY)
+        policy.activate(POLICY)
     if cast.judge is not None:
-        judge = _judge_on(policy, cast.judge)
+        judge = _judge_on(policy, cast.judge, need.device)
     return Roles(policy, critic, reference, has_reference=cast.has_reference, judge=judge)
 
 
-def _judge_on(policy: LanguageModel, folder: Path) -> LanguageModel:
-    head = put_on(policy, read_score_adapter(folder), name=JUDGE)
+def _judge_on(policy: LanguageModel, folder: Path, device: torch.device) -> LanguageModel:
+    head = put_on(policy, read_score_adapter(folder), name=JUDGE, device=device)
     # Which adapter learns follows from which is active.
-    _activate(policy, JUDGE)
-    _activate(policy, POLICY)
+    policy.activate(JUDGE)
+    policy.activate(POLICY)
     return LanguageModel(policy.hf, attention_name=policy.attention_name, longest_row=policy.longest_row, head=head)
 
 
@@ -156,7 +168,7 @@ def _shared_critic(policy: LanguageModel, _section: ModelSection, _lora: LoraSec
     if cast.critic_from is not None:
         if cast.judge is None:
             raise _no_adapter_here(cast.critic_from)
-        start = put_on(policy, read_score_adapter(cast.judge), name=CRITIC)
+        start = put_on(policy, read_score_adapter(cast.judge), name=CRITIC, device=need.device)
     else:
         config: Any = copy.deepcopy(policy.hf.peft_config[POLICY])
         config.modules_to_save = None
@@ -164,7 +176,7 @@ def _shared_critic(policy: LanguageModel, _section: ModelSection, _lora: LoraSec
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(need.seed + 1)
             policy.hf.add_adapter(CRITIC, config, autocast_adapter_dtype=False)
-    _activate(policy, CRITIC)
+    policy.activate(CRITIC)
     body = {name: parameter for name, parameter in policy.hf.named_parameters() if f".{CRITIC}." in name}
     return _with_head(policy, body, start, need.device)
 
@@ -207,7 +219,7 @@ def _with_head(
     torch.nn.init.zeros_(head.bias)
     if start is None:
         torch.nn.init.zeros_(head.weight)
-    else:
+    elif not start.weight.is_meta:  # where it is, rank 0 has the values
         with torch.no_grad():
             head.weight.copy_(start.weight)
     parameters = {**body, "value_head.weight": head.weight, "value_head.bias": head.bias}
@@ -222,14 +234,8 @@ def _frozen(model: LanguageModel) -> LanguageModel:
 
 @contextmanager
 def _active(model: LanguageModel, name: str) -> Iterator[None]:
-    _activate(model, name)
+    model.activate(name)
     try:
         yield
     finally:
-        _activate(model, POLICY)
-
-
-def _activate(model: LanguageModel, name: str) -> None:
-    """Make one adapter the active one; only its parameters require gradients then."""
-    if model.hf is not model.inner and model.hf.active_adapter != name:
-        model.hf.set_adapter(name)
+        model.activate(POLICY)

@@ -40,7 +40,7 @@ def read_score_adapter(folder: Path) -> ScoreAdapter:
     return ScoreAdapter(folder, tensors, head.float())
 
 
-def put_on(model: LanguageModel, adapter: ScoreAdapter, *, name: str) -> torch.nn.Linear:
+def put_on(model: LanguageModel, adapter: ScoreAdapter, *, name: str, device: torch.device) -> torch.nn.Linear:
     """Put the adapter onto a model that has adapters already, under `name`; gives its head, which is not part of the
     model. Nothing of it drops out. Raises UserError unless every tensor finds its place."""
     peft: Any = import_peft()
@@ -58,7 +58,7 @@ def put_on(model: LanguageModel, adapter: ScoreAdapter, *, name: str) -> torch.n
             fix="set ppo.models: separate, or train the reward model on this base",
             where=str(adapter.folder),
         )
-    head = torch.nn.Linear(adapter.head_1D.shape[1], 1, bias=False, device=model.device, dtype=torch.float32)
+    head = torch.nn.Linear(adapter.head_1D.shape[1], 1, bias=False, device=device, dtype=torch.float32)
     with torch.no_grad():
         head.weight.copy_(adapter.head_1D)
     return head.requires_grad_(False)

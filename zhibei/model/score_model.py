@@ -6,6 +6,7 @@ Dimensions: B sequences, T tokens, N = B * T, D hidden width, R rows of a batch.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def load_whole_score_model(path: str, section: ModelSection, need: Need) -> Lang
     name = choose_attention(section.attention, need)
     # Nothing can be merged into a packed base.
     whole = section.model_copy(update={"path": path, "method": "full", "quantize": "none"})
+    if need.is_skeleton:
+        found = replace(found, adapter=None)  # merged, it leaves no module behind
     hf = _stored(found, whole, need, attention_name=name)
     if found.adapter is not None:
         hf = hf.merge_and_unload(safe_merge=True)

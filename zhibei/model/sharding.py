@@ -65,6 +65,7 @@ def shard(
 
     embedding: Any = model.inner.get_input_embeddings()
     _require_plain(embedding, model)
+    model.learning_adapters = _learning_adapters(model)
     for parameter in model.hf.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -98,6 +99,14 @@ def shard(
     embedding.forward = functools.partial(_embed, embedding, compute_dtype)
     if _is_own_head(model):
         model.head.forward = functools.partial(_project, model.head, compute_dtype)
+
+
+def _learning_adapters(model: LanguageModel) -> tuple[str, ...]:
+    """The adapters of whose parameters any requires gradients."""
+    if model.hf is model.inner:
+        return ()
+    learning = model.trainable()
+    return tuple(name for name in model.hf.peft_config if any(f".{name}." in parameter for parameter in learning))
 
 
 def _agree_on_packed_layers(model: LanguageModel, ranks: Ranks) -> None:

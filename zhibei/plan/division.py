@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from zhibei.config.policy import PolicySection
 from zhibei.config.run import RunFile
 from zhibei.plan.holdings import (
     Holdings,
@@ -45,9 +44,6 @@ def why_whole(run: RunFile) -> str | None:
         "lora.modules_to_save": run.model.method != "full" and bool(run.lora.modules_to_save),
         f"{run.stage}.optimizer: {section.optimizer} (it keeps figures of whole matrices)": section.optimizer
         != "adamw",
-        f"model.method: {run.model.method} in stage {run.stage}": isinstance(section, PolicySection)
-        and run.model.method != "full",
-        "ppo.critic_from: reward_model": run.stage == "ppo" and run.ppo.critic_from == "reward_model",
     }
     return next((reason for reason, is_so in reasons.items() if is_so), None)
 

@@ -10,6 +10,7 @@ from zhibei.config.policy import PolicySection, PpoSection, RatioSection
 from zhibei.config.run import RunFile
 from zhibei.model.device import choose_device
 from zhibei.model.dropout import without_dropout
+from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import Need
 from zhibei.model.ranks import current
 from zhibei.model.roles import Cast, Roles, load_roles
@@ -81,7 +82,8 @@ def steppers(run: RunFile, section: PolicySection, roles: Roles) -> tuple[Steppe
 def make_ready(run: RunFile, roles: Roles) -> None:
     """Divide the models among ranks and recompute activations where asked for. Layers are compiled only when the run
     file says so: prompts and answers have other lengths in every pass."""
-    for model in [*roles.own_models, *filter(None, [roles.reference])]:
+
+    def divide(model: LanguageModel) -> None:
         shard(
             model,
             run.distributed.sharding,
@@ -90,7 +92,9 @@ def make_ready(run: RunFile, roles: Roles) -> None:
             compute_dtype=model.dtype,
             offload=run.distributed.offload == "all",
         )
-    roles.divided()
+
+    if divides(run):
+        roles.divide(divide, current())
     how = run.model.activation_checkpointing
     for model in roles.own_models:
         compiled = compile_layers(model, run.model.compile is True)
