@@ -33,6 +33,8 @@ class Hosted:
     most_tokens: int | None = None
     """Prompt and answer together, where the engine holds less than the model's context."""
     notes: tuple[str, ...] = ()
+    threads: int | None = None
+    """With how many it answers fastest on a CPU; None where that was not asked."""
 
     @property
     def context_tokens(self) -> int | None:

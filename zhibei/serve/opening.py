@@ -27,6 +27,8 @@ from zhibei.serve.worker import Lane, Worker
 from zhibei.store.pipeline_dir import final_run
 from zhibei.store.run_dir import RunDir
 
+ROWS_OF_TRIAL = 8
+"""Answers side by side while it is measured how many threads are best."""
 FIRST_ADAPTER = "default"
 """PEFT's name of the adapter that a model is loaded with."""
 
@@ -110,6 +112,9 @@ def open_all(
     for one in files:
         watch(f"loading {one.path}")
         hosted[one.name] = _open_gguf(one, settings, loading)
+    threads = [one.threads for one in hosted.values() if one.threads is not None]
+    if threads:
+        torch.set_num_threads(max(threads))
     return {one.name: hosted[one.name] for one in wanted}
 
 
@@ -155,6 +160,7 @@ def _by_weights(wanted: Sequence[Wanted], loading: Loading) -> dict[str, list[_M
 def _open_ours(members: Sequence[_Member], settings: ServerSettings, loading: Loading) -> dict[str, Hosted]:
     """Models on the same weights, each with a lane of one worker."""
     from zhibei.generate.engine import Engine
+    from zhibei.generate.threads import threads_for
 
     speakers, adapters = _speakers(members, loading)
     hf = speakers[members[0].wanted.name].model.hf
@@ -166,9 +172,10 @@ def _open_ours(members: Sequence[_Member], settings: ServerSettings, loading: Lo
         return Lane(engine, activate=(lambda: _use(hf, adapters[name])) if adapters else lambda: None)
 
     lanes = {member.wanted.name: lane(member) for member in members}
+    threads = threads_for(hf, rows=min(settings.slots, ROWS_OF_TRIAL))
     hosted = _hosted(members, speakers, lanes, settings)
     note = _memory_note(hf, settings, num_lanes=len(lanes))
-    return {name: replace(one, notes=(*one.notes, *note)) for name, one in hosted.items()}
+    return {name: replace(one, threads=threads, notes=(*one.notes, *note)) for name, one in hosted.items()}
 
 
 def _memory_note(hf: Any, settings: ServerSettings, *, num_lanes: int) -> tuple[str, ...]:
