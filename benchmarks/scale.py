@@ -1,4 +1,5 @@
-"""Plans of full training from 7B to 70B on many GPUs, by the planner's own arithmetic: nothing is run.
+"""Plans of full training from 7B to 70B on many GPUs and of QLoRA on a few small ones. Nothing is run: it is the
+planner's own arithmetic.
 
 python -m benchmarks.scale     writes benchmarks/results/scale.json and the tables of docs/scale.md
 """
@@ -34,6 +35,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 NODES = (1, 2, 8, 64)
 NODE_LINKS = {"assumed": 25.0, "fast": 400.0}
 """GB/s of a node: what the planner assumes (one adapter of 200 Gbit/s), and eight of 400 Gbit/s (DGX H100)."""
+CARDS = (1, 2, 4, 8)
+"""Of 24 GiB each, in one machine."""
 TOKENS_PER_GPU, ROW_TOKENS = 16384, 4096
 DISK_GB_PER_S = 2.0
 """What one node is taken to write to shared storage. Assumed."""
@@ -65,6 +68,33 @@ def records() -> Iterator[dict[str, Any]]:
                 for sharding in ways:
                     found = planned(name, machine, sharding)
                     yield {"model": name, "nodes": nodes, "link": link, **figures(found, machine)}
+
+
+def few_cards() -> Iterator[dict[str, Any]]:
+    """QLoRA on cards of 24 GiB: whole on each, and divided."""
+    for name in ("34B", "70B"):
+        for cards in CARDS:
+            machine = parse_machine(f"rtx4090:{cards}")
+            settings = [f"data.max_tokens={ROW_TOKENS // 2}", "sft.global_batch=16", "model.method=qlora"]
+            run = read_run("alpaca-7b", ["model.path=x", "data.sources=[x.json]", *settings]).run
+            rows = Rows(ROW_TOKENS // 2, float(ROW_TOKENS // 2), 10**6)
+            ways: Sequence[Sharding] = ("no_shard", "full_shard") if cards > 1 else ("no_shard",)
+            for sharding in ways:
+                wishes = Wishes(sharding=sharding, offload="none")
+                found = search(run, shape_of(name), machine, rows, wishes).chosen
+                yield {"model": name, "cards": cards, **figures(found, machine)}
+
+
+def table_of_cards(found: list[dict[str, Any]]) -> str:
+    """Markdown of the plans for a few cards."""
+    head = ["model", "cards of 24 GiB", "sharding", "GiB per card", "gathered (GiB a step)", "tokens/s"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for one in found:
+        memory = f"{one['device_gib']}" + ("" if one["fits"] else " (does not fit)")
+        speed = f"{one['tokens_per_s']:,}" if one["fits"] else "-"
+        cells = [one["model"], str(one["cards"]), one["sharding"], memory, str(one["gathered_gib"]), speed]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def figures(found: Candidate, machine: Machine) -> dict[str, Any]:
@@ -109,7 +139,7 @@ def table(found: list[dict[str, Any]], link: str) -> str:
 
 
 def main() -> int:
-    found = list(records())
+    found, cards = list(records()), list(few_cards())
     assumed = {
         "gpu_link_gb_per_s": LINK_GB_PER_S["nvlink"],
         "node_links_gb_per_s": NODE_LINKS,
@@ -117,12 +147,13 @@ def main() -> int:
         "tokens_per_gpu_and_step": TOKENS_PER_GPU,
     }
     document = {"command": "python -m benchmarks.scale", "is_measured": False, "assumed": assumed, "plans": found}
+    document["few_cards"] = cards
     RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
-    for link in NODE_LINKS:
-        pattern = rf"(<!-- scale {link} -->\n).*?(<!-- end {link} -->)"
-        made = table(found, link)
-        page = re.sub(pattern, lambda match, made=made: f"{match[1]}{made}\n{match[2]}", page, flags=re.DOTALL)
+    made = {link: table(found, link) for link in NODE_LINKS} | {"few cards": table_of_cards(cards)}
+    for name, text in made.items():
+        pattern = rf"(<!-- scale {name} -->\n).*?(<!-- end {name} -->)"
+        page = re.sub(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL)
     PAGE.write_text(page, encoding="utf-8")
     return 0
 
