@@ -44,6 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
                       "num_key_value_heads": 2, "intermediate_size": 12288, "vocab_size": 49152},
     "olmoe-7b": {"model_type": "olmoe", "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
                  "intermediate_size": 1024, "vocab_size": 50304, "num_experts": 64, "num_experts_per_tok": 8},
+    "llama-0.5b-tied": {"model_type": "llama", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2,
+                        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True},
     "tiny": {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 176, "vocab_size": 512, "pad_token_id": 0},
 }  # fmt: skip

@@ -88,7 +88,7 @@ SETTINGS = [
     Setting("dpo adapters off", "dpo", section={"reference": "adapters_off"}),
     Setting("dpo precomputed", "dpo", section={"reference": "precomputed"}),
     Setting("dpo full", "dpo", "full"),
-    Setting("dpo tied head", "dpo", "full", shape="qwen2.5-0.5b", layers=4),
+    Setting("dpo tied head", "dpo", "full", shape="llama-0.5b-tied", layers=4),
     Setting("ppo shared", "ppo"),
     Setting("ppo shared, judge on the base", "ppo", judged_by="adapter"),
     Setting("ppo separate, judge beside", "ppo", judged_by="model", section={"models": "separate"}),
@@ -97,7 +97,7 @@ SETTINGS = [
     Setting("grpo", "grpo"),
     Setting("grpo, judge on the base", "grpo", judged_by="adapter"),
     Setting("grpo full", "grpo", "full"),
-    Setting("grpo tied head", "grpo", shape="qwen2.5-0.5b", layers=4),
+    Setting("grpo tied head", "grpo", shape="llama-0.5b-tied", layers=4),
     Setting("raft", "raft"),
     Setting("raft full", "raft", "full"),
 ]
@@ -180,6 +180,8 @@ def run_file(setting: Setting, folder: Path, *, name: str, tracked: bool = False
         section |= judge[setting.judged_by]
     if setting.stage == "raft":
         section |= {"answers_per_prompt": 2, "keep_share": 0.5, "global_batch": ANSWERS // 2}
+    if tracked:
+        section["save_in_background"] = False  # the copy of the weights would lie on the host, which is looked at here
     content = {
         "name": name,
         "runs": str(place / "runs"),

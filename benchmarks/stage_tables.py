@@ -26,6 +26,25 @@ def stage_memory_rows(records: Sequence[Record]) -> tuple[list[str], list[list[s
     return header, rows
 
 
+def tracked_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """The same of narrow models, tensors counted on a CPU: in MiB."""
+    header = ["what", "method", "shape", "counted MiB", "predicted MiB", "error"]
+    rows = [
+        [
+            record["settings"]["name"],
+            record["method"],
+            f"{record['settings']['shape']}, {record['settings']['layers']} layers",
+            f"{1024 * record['measured_gib']:.0f}",
+            f"{1024 * record['predicted_gib']:.0f}",
+            f"{record['error_percent']:+.1f} %",
+        ]
+        for record in sorted(
+            (record for record in records if "error" not in record), key=lambda each: -abs(each["error_percent"])
+        )
+    ]
+    return header, rows
+
+
 def ppo_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Seconds of an iteration by part. The plain side scores rewards together with log-probabilities."""
     header = ["who", "iteration, s", "writing, s", "rewards, s", "scoring, s", "learning, s", "written tok/s", "GiB"]

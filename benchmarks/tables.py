@@ -16,7 +16,7 @@ from benchmarks.decode_tables import decode_rows
 from benchmarks.doctor_tables import bad_inputs_rows, check_rows, coverage_rows, explain_rows
 from benchmarks.gguf_tables import loss_rows, speed_rows
 from benchmarks.records import RESULTS, Record, read
-from benchmarks.stage_tables import ppo_rows, serve_rows, stage_memory_rows
+from benchmarks.stage_tables import ppo_rows, serve_rows, stage_memory_rows, tracked_rows
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "measurements.md"
 
@@ -227,6 +227,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "memory-quantised": ("memory.json", lambda records: memory_table(records, "quantised")),
     "generate-cpu": ("generate_cpu.json", generate_table),
     "memory-stages": ("memory_stages.json", lambda records: plain_table(records, stage_memory_rows)),
+    "memory-stages-tracked": ("memory_stages_tracked.json", lambda records: plain_table(records, tracked_rows)),
     "ppo": ("ppo.json", lambda records: plain_table(records, ppo_rows)),
     "serve": ("serve.json", lambda records: plain_table(records, serve_rows)),
     "decode": ("decode.json", lambda records: plain_table(records, decode_rows)),

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from benchmarks.scale import NODE_LINKS, PAGE, RESULTS, records, shape_of, table
+from benchmarks.scale import NODE_LINKS, PAGE, RESULTS, few_cards, records, shape_of, table, table_of_cards
 from zhibei.plan.communication import seconds_of, traffic_of
+from zhibei.plan.holdings import gathered_layers
 from zhibei.plan.job import Job
 from zhibei.plan.machines import parse_machine
+from zhibei.plan.memory import predict
 
 SHAPE = shape_of("7B")
 
@@ -54,3 +56,17 @@ def test_the_page_about_scale_is_current():
     assert document["plans"] == list(records())
     for link in NODE_LINKS:
         assert table(document["plans"], link) in PAGE.read_text()
+    assert document["few_cards"] == list(few_cards())
+    assert table_of_cards(document["few_cards"]) in PAGE.read_text()
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_divided_layers_lie_whole_on_every_gpu_while_answers_are_written(quantize):
+    more = {"method": "qlora" if quantize == "nf4" else "lora", "quantize": quantize, "targets": ("q_proj",)}
+    planned = job("full_shard", stage="grpo", row_tokens=512, max_new_tokens=256, rollout_batch=16, **more)
+    phases = {phase.name: phase.causes for phase in predict(SHAPE, planned).phases}
+    layers = sum(gathered_layers(SHAPE, planned))
+    outside = 2 * (SHAPE.embedding_parameters + SHAPE.head_parameters)
+    assert phases["answers"]["gathered layers"] == layers + outside
+    assert phases["steady"]["gathered layers"] < 0.2 * layers + outside
+    assert layers == pytest.approx((0.51 if quantize == "nf4" else 2) * SHAPE.layer_parameters, rel=0.02)

@@ -14,6 +14,7 @@ import torch
 
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
+from zhibei.model.language_model import LanguageModel
 from zhibei.model.ranks import met
 from zhibei.store.run_dir import RunDir
 from zhibei.train.loops import train
@@ -39,6 +40,8 @@ def main() -> None:
                 if stop is not None and record["kind"] in ("train", "iteration") and record["step"] == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
 
+            if order.get("has_no_room"):
+                LanguageModel.has_room_to_gather = lambda _self: False
             resume = RunDir(Path(order["resume"])) if order.get("resume") else None
             try:
                 train(read_run(order["file"], order["overrides"]), watch=watch, resume=resume)

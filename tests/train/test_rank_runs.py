@@ -70,9 +70,13 @@ def test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them(tmp
             order("cut", signal_after_step=5, fails=str(interrupted)),
             order("two", fails=str(tmp_path / "exists.json")),
             reward,
+            order("narrow", has_no_room=True),
         ],
         tmp_path,
     )
+    samples = [sorted(path.read_text() for path in RunDir(runs / name).samples.iterdir()) for name in ("two", "narrow")]
+    assert samples[0]
+    assert samples[0] == samples[1], "where whole layers do not fit, answers come layer by layer, and are the same"
     assert losses(RunDir(runs / "two")) == pytest.approx(losses(alone), rel=1e-4)
     one, two = read_tensors(alone.model, stem="model"), read_tensors(runs / "two" / "model", stem="model")
     assert set(one) == set(two)

@@ -6,17 +6,21 @@ Dimensions: B sequences, T tokens, N = B * T, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from zhibei.config.errors import UserError
 from zhibei.model import attention
 from zhibei.model.answering import answering, plain_model
 from zhibei.model.quantized import quantised_layers
-from zhibei.model.ranks import Place, held_whole, whole
+from zhibei.model.ranks import Place, current, held_whole, whole
+
+GATHER_MARGIN = 1.2
+"""Room for all layers at once, and for what sampling itself takes, as a multiple of the layers."""
 
 
 class BatchLike(Protocol):
@@ -168,9 +172,10 @@ class LanguageModel:
             yield self.hf
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def gathered(self, *, layer_by_layer: bool = False) -> Iterator[None]:
         """A divided model whole on every rank, for the many small passes of sampling: they need no other rank then, so
-        that each may take as many as its answers do."""
+        that each may take as many as its answers do. `layer_by_layer` puts only embedding and head together: all ranks
+        must then sample the same."""
         if self.place is None:
             yield
             return
@@ -181,11 +186,24 @@ class LanguageModel:
                 named = module.named_parameters(recurse=False)
                 module.held_whole = {name: whole(parameter, self.place.dtype) for name, parameter in named}
         try:
-            with held_whole(self.hf, divides_after_forward=self.place.divides_after_forward):
+            layers = held_whole(self.hf, divides_after_forward=self.place.divides_after_forward)
+            with nullcontext() if layer_by_layer else layers:
                 yield
         finally:
             for module in beside:
                 del module.held_whole
+
+    def has_room_to_gather(self) -> bool:
+        """Whether all layers at once fit on every rank's GPU beside what lies there; every rank must ask."""
+        if self.place is None or self.place.device.type != "cuda":
+            return True
+        device, ranks = self.place.device, current()
+        gathered = [parameter for parameter in self.hf.parameters() if isinstance(parameter, DTensor)]
+        sizes = [p.element_size() if not p.is_floating_point() else self.place.dtype.itemsize for p in gathered]
+        needed = sum(size * parameter.numel() for size, parameter in zip(sizes, gathered, strict=True))
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        fits = torch.cuda.mem_get_info(device)[0] + unused > GATHER_MARGIN * needed
+        return ranks.sum_on_host(float(fits))[0] == ranks.world
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:

@@ -34,6 +34,8 @@ class Divided:
 
     held: Holdings
     gathered: float = 0.0
+    all_gathered: float = 0.0
+    """The same while answers are written: every rank has all layers whole then (model/language_model.py)."""
     on_host: float = 0.0
 
 
@@ -63,6 +65,7 @@ def divided(shape: ModelShape, job: Job, held: Holdings) -> Divided:
     ways = ways_of(job)
     part = held if ways == 1 else part_of(shape, job, held, ways)
     gathered = gathered_bytes(shape, job) if ways > 1 else 0.0
+    everything = sum(gathered_layers(shape, job)) + outside_bytes(shape, job) if ways > 1 else 0.0
     on_host = 0.0
     if job.offload != "none":
         # Masters on the host are whole fp32 copies (train/optimizer.py); with divided weights so are their parts.
@@ -71,7 +74,7 @@ def divided(shape: ModelShape, job: Job, held: Holdings) -> Divided:
     if job.offload == "all":
         on_host += part.weights + part.adapters + part.gradients
         part = replace(part, weights=0, adapters=0, gradients=0, gradient_sums=0)
-    return Divided(part, gathered, on_host)
+    return Divided(part, gathered, everything, on_host)
 
 
 def part_of(shape: ModelShape, job: Job, held: Holdings, ways: int) -> Holdings:
@@ -97,8 +100,12 @@ def part_of(shape: ModelShape, job: Job, held: Holdings, ways: int) -> Holdings:
 def gathered_bytes(shape: ModelShape, job: Job) -> float:
     """Whole weights in use on top of the parts, and the whole gradients of one layer before they are divided: in the
     type that computes, and in fp32 to be added up."""
-    outside = shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters)
     layers = gathered_layers(shape, job)
     held = sum(layers) if job.sharding == "shard_grad_op" else GATHERED_LAYERS * max(layers, default=0)
     gradients = 0 if job.trains_adapters else (job.item_bytes + FP32) * shape.largest_layer_parameters
-    return held + job.item_bytes * outside + gradients
+    return held + outside_bytes(shape, job) + gradients
+
+
+def outside_bytes(shape: ModelShape, job: Job) -> int:
+    """Embedding and head, whole and in the type that computes."""
+    return job.item_bytes * (shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters))

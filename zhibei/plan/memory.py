@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from zhibei.plan.disk import DiskPlan
-from zhibei.plan.division import divided
+from zhibei.plan.division import Divided, divided
 from zhibei.plan.heads import LOGP_FORWARD, LOSS_CHUNK
 from zhibei.plan.holdings import Holdings, holdings_of
 from zhibei.plan.job import PANEL_PROMPTS, Job
@@ -19,7 +19,7 @@ from zhibei.plan.machines import Machine
 from zhibei.plan.moments import Causes, Moment, moments_of, update
 from zhibei.plan.rollout_cache import cache_bytes
 from zhibei.plan.shapes import ModelShape
-from zhibei.plan.stages import answering_moments, body_of, stage_extras
+from zhibei.plan.stages import ANSWERS_WRITTEN, PROMPTS_READ, answering_moments, body_of, stage_extras
 
 GIB = 2**30
 WORKSPACE_BYTES = 2 * 32 * 2**20
@@ -150,7 +150,10 @@ def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> Memory
         _heaviest("first step", first),
         _heaviest("steady", steady),
         _heaviest("evaluation", [_with(always, moment) for moment in _evaluation(shape, job, mine)]),
-        *(_heaviest("answers", [_with(always, m) for m in answers]) for answers in answering_moments(shape, job, mine)),
+        *(
+            _heaviest("answers", [_with(_answering(always, m, part), m) for m in answers])
+            for answers in answering_moments(shape, job, mine)
+        ),
         Phase("save", "one tensor is checked", _shown({**always, "checks": _finite(job, mine.largest_trained)})),
         Phase("proof", "the written model beside the trained one", _shown(_proof(always, job, mine))),
     ]
@@ -165,6 +168,12 @@ def predict(shape: ModelShape, job: Job, held: Holdings | None = None) -> Memory
     if job.saves_beside:
         host[COPY] = copied_bytes(job, whole)
     return MemoryPlan(job, tuple(phases), host=host, shape=shape)
+
+
+def _answering(always: Causes, moment: Moment, part: Divided) -> Causes:
+    """What lies there while answers are written: all layers of a divided model."""
+    writing = (PROMPTS_READ, ANSWERS_WRITTEN)
+    return {**always, "gathered layers": max(part.gathered, part.all_gathered)} if moment.name in writing else always
 
 
 def copied_bytes(job: Job, whole: Holdings) -> float:

@@ -18,6 +18,7 @@ from zhibei.plan.shapes import HEAD, ModelShape
 PREFILL_TOKENS, CPU_PREFILL_TOKENS = 16384, 4096  # generate/engine.py
 LOGIT_COPIES = 4
 """fp32 logits of a step and what is made of them before a token is drawn (generate/choosing.py)."""
+PROMPTS_READ, ANSWERS_WRITTEN = "prompts are read", "answers are written"
 WRITING = ("ppo", "grpo", "raft")
 """Stages that write answers of their own."""
 
@@ -93,8 +94,8 @@ def answering_moments(shape: ModelShape, job: Job, held: Holdings) -> list[list[
     chunk = (item + LOGP_FORWARD) * min(LOSS_CHUNK, job.pass_tokens) * shape.vocabulary
     unpacked = {"working buffers": held.unpacked}
     return [[
-        Moment("prompts are read", {"KV cache": cache, "activations": prompts * (per_token + cache_token), **unpacked}),
-        Moment("answers are written", {"KV cache": cache, "loss": logits, **unpacked}),
+        Moment(PROMPTS_READ, {"KV cache": cache, "activations": prompts * (per_token + cache_token), **unpacked}),
+        Moment(ANSWERS_WRITTEN, {"KV cache": cache, "loss": logits, **unpacked}),
         Moment("answers are read by a layer", {"activations": job.pass_tokens * per_token, **unpacked}),
         Moment("log-probabilities", {"activations": item * job.pass_tokens * shape.hidden, "loss": chunk}),
     ]]  # fmt: skip

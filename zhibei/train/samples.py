@@ -33,7 +33,7 @@ class Panel:
 
     def answers(self, model: LanguageModel) -> list[str]:
         """Greedy answers; the model's state and the global random state are left as they were."""
-        with model.gathered():
+        with model.gathered(layer_by_layer=not model.has_room_to_gather()):
             found = generate(
                 model.hf,
                 self.prompts,
