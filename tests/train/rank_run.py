@@ -1,6 +1,6 @@
 """Trains whole runs as one of several ranks, one after the other; started by tests, never imported by them.
 
-python -m tests.train.rank_run ORDERS.json        (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
+python -m tests.train.rank_run ORDERS.json DEVICE     (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
 """
 
 import atexit
@@ -10,10 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 from zhibei.config.errors import UserError
 from zhibei.config.read import read_run
+from zhibei.model.device import choose_device
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.ranks import met
 from zhibei.store.run_dir import RunDir
@@ -33,7 +32,7 @@ def require_no_threads_of_gloo() -> None:
 def main() -> None:
     atexit.register(require_no_threads_of_gloo)  # called after what is registered later
     orders = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    with met(torch.device("cpu"), patience_seconds=120) as ranks:
+    with met(choose_device(sys.argv[2]), patience_seconds=120) as ranks:
         for order in orders:
 
             def watch(record: dict, stop: int | None = order.get("signal_after_step")) -> None:

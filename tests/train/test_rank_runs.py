@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.pair_run import pair_run
 from tests.train.small_run import small_run
 from tests.train.test_ranks import free_port
+from zhibei.store.checkpoint import load_checkpoint
 from zhibei.store.run_dir import RunDir
 from zhibei.store.shards import read_tensors
 from zhibei.train.loops import train
@@ -19,12 +21,12 @@ from zhibei.train.loops import train
 STEPS = 8
 
 
-def run_orders(world: int, orders: list[dict], folder: Path) -> None:
+def run_orders(world: int, orders: list[dict], folder: Path, *, device: str = "cpu") -> None:
     (folder / "orders.json").write_text(json.dumps(orders))
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.train.rank_run", str(folder / "orders.json")],
+            [sys.executable, "-m", "tests.train.rank_run", str(folder / "orders.json"), device],
             env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
             stderr=subprocess.PIPE,
             text=True,
@@ -38,6 +40,10 @@ def run_orders(world: int, orders: list[dict], folder: Path) -> None:
 def losses(run_dir: RunDir) -> list[float]:
     records = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
     return [record["loss"] for record in records if record["kind"] in ("train", "heldout")]
+
+
+def newest(run_dir: RunDir) -> Path:
+    return max(run_dir.checkpoints.iterdir())
 
 
 def proofs_hold(run_dir: RunDir) -> bool:
@@ -71,6 +77,7 @@ def test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them(tmp
             order("two", fails=str(tmp_path / "exists.json")),
             reward,
             order("narrow", has_no_room=True),
+            order("gradients", "distributed.sharding=shard_grad_op"),
         ],
         tmp_path,
     )
@@ -81,6 +88,14 @@ def test_runs_of_two_ranks_are_those_of_one_and_any_number_goes_on_with_them(tmp
     one, two = read_tensors(alone.model, stem="model"), read_tensors(runs / "two" / "model", stem="model")
     assert set(one) == set(two)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+    saved = [load_checkpoint(newest(RunDir(runs / name)))[0] for name in ("two", "gradients")]
+    for group in ("model", "optimizer"):
+        first, second = (dict(groups[group]) for groups in saved)
+        assert {name: tensor.dtype for name, tensor in first.items()} == {n: t.dtype for n, t in second.items()}
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{group} {name}")
+    assert losses(RunDir(runs / "gradients")) == pytest.approx(losses(alone), rel=1e-4)
+    assert proofs_hold(RunDir(runs / "gradients"))
     assert proofs_hold(RunDir(runs / "two"))
     assert proofs_hold(RunDir(runs / "reward"))
     by_adapters = train(small_run(tmp_path, *settings[:2], "name=adapters-alone", "model.method=lora"))

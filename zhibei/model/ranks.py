@@ -279,9 +279,23 @@ def held_whole(hf: torch.nn.Module, *, divides_after_forward: bool) -> Iterator[
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
+        unit.stays_whole = True
     try:
         yield
     finally:
         for unit in units:
+            unit.stays_whole = False
             unit.set_reshard_after_forward(divides_after_forward, recurse=False)
             unit.reshard()
+
+
+def divide_after_looking(body: torch.nn.Module) -> None:
+    """Divide layers again after a forward pass without gradients: no backward pass will, and until then parameters are
+    not what learns, but whole copies in the type that computes."""
+
+    def hook(module: Any, _arguments: Any, _output: Any) -> None:
+        if not torch.is_grad_enabled() and not getattr(module, "stays_whole", False):
+            for unit in units_of(module):
+                unit.reshard()
+
+    body.register_forward_hook(hook)

@@ -20,7 +20,7 @@ from zhibei.config.distributed import Sharding
 from zhibei.config.errors import UserError
 from zhibei.model.language_model import LanguageModel
 from zhibei.model.quantized import described, put_described, quantised_layers
-from zhibei.model.ranks import Place, Ranks, units_of, whole
+from zhibei.model.ranks import Place, Ranks, divide_after_looking, units_of, whole
 
 
 def mesh_of(how: Sharding, ranks: Ranks, device: torch.device) -> DeviceMesh:
@@ -91,6 +91,8 @@ def shard(
         # Sums, not means: the step divides, and gloo has no other reduction.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    if how == "shard_grad_op":
+        divide_after_looking(model.body)
     model.hf.to_empty(device="cpu" if offload else device)
     if is_tied:
         model.head.weight = embedding.weight
