@@ -115,7 +115,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     small = train(small_run(tmp_path, *SETTINGS))
     wide = tiny_model_folder(tmp_path, name="wide")
     config = AutoConfig.from_pretrained(wide)
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 2048, 16
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 2048, 24
     config.head_dim = 256 // config.num_attention_heads
     AutoModelForCausalLM.from_config(config).save_pretrained(wide)
     run_dir = train(small_run(tmp_path, *SETTINGS, "name=wide", f"model.path={wide}", "sft.max_steps=1"))
@@ -125,9 +125,10 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURED, str(small.path), str(run_dir.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rise_mib = json.loads(done.stdout.splitlines()[-1])["rise_mib"]
-    assert sum(sizes) > 20 * max(sizes)
-    assert rise_mib < 8 * max(sizes) + 16
-    assert rise_mib < 0.5 * sum(sizes)
+    # What the allocator of the C library keeps varies by some MiB.
+    assert sum(sizes) > 60 * max(sizes)
+    assert rise_mib < 8 * max(sizes) + 24
+    assert rise_mib < 0.4 * sum(sizes)
 
 
 def test_at_the_command_line(tmp_path: Path) -> None:
