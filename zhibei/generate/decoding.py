@@ -17,7 +17,7 @@ from zhibei.generate import fast
 from zhibei.generate.cache import SlotCache, StepView
 from zhibei.generate.captured import CapturedStep
 from zhibei.generate.families import mask_kinds, takes_mask_by_layer
-from zhibei.model.answering import plain_model
+from zhibei.model.answering import cache_argument, plain_model
 from zhibei.model.language_model import head_shape
 
 # Growing a cache copies it and, on a GPU, makes captured steps useless; on a CPU unused columns cost time as well.
@@ -61,6 +61,7 @@ class AloneRoad:
         self._model = model
         accepted = inspect.signature(plain_model(model).forward).parameters
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache_argument = cache_argument(plain_model(model))
         self._takes_positions = "position_ids" in accepted
         self._caches: list[Any] = [None] * slots
 
@@ -92,9 +93,8 @@ class AloneRoad:
 
     def _read(self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, slot: int) -> torch.Tensor:
         positions = {"position_ids": positions_1T} if self._takes_positions else {}
-        output = self._model(
-            input_ids=tokens_1T, past_key_values=self._caches[slot], use_cache=True, **positions, **self._only_last
-        )
+        cache = {self._cache_argument: self._caches[slot]}
+        output = self._model(input_ids=tokens_1T, use_cache=True, **cache, **positions, **self._only_last)
         return output.logits[:, -1].float()
 
 
@@ -106,6 +106,7 @@ class SlotRoad:
     def __init__(self, model: Any, cache: SlotCache, kinds: Sequence[str], *, pad_id: int) -> None:
         self._inner = plain_model(model)
         self._body, self._head = self._inner.base_model, self._inner.get_output_embeddings()
+        self._cache_argument = cache_argument(self._body)
         self._shape = head_shape(self._inner.config)
         self._cache, self._kinds, self._pad_id = cache, kinds, pad_id
         self._window = getattr(self._inner.config, "sliding_window", None)
@@ -121,7 +122,9 @@ class SlotRoad:
         tokens_BT = torch.tensor(padded, device=self._device)
         positions_1T = torch.arange(longest, device=self._device)[None]
         read: Any = DynamicCache()
-        output = self._body(input_ids=tokens_BT, position_ids=positions_1T, past_key_values=read, use_cache=True)
+        output = self._body(
+            input_ids=tokens_BT, position_ids=positions_1T, use_cache=True, **{self._cache_argument: read}
+        )
         self._cache.reserve(longest)
         self._cache.write_prompts(slots, [(layer.keys, layer.values) for layer in read.layers])
         last_B = torch.tensor(lengths, device=self._device) - 1
@@ -133,9 +136,9 @@ class SlotRoad:
         output = self._body(
             input_ids=tokens_B.unsqueeze(1),
             position_ids=positions_B.unsqueeze(1),
-            past_key_values=StepView(self._cache, positions_B, columns=columns),
             attention_mask=self._masks(positions_B, columns),
             use_cache=True,
+            **{self._cache_argument: StepView(self._cache, positions_B, columns=columns)},
         )
         return self.logits(output.last_hidden_state[:, 0])
 

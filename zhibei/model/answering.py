@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,12 @@ _CACHED_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", 
 def plain_model(model: Any) -> Any:
     """The transformers model itself, without the wrapper of PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cache_argument(module: Any) -> str:
+    """What the forward pass of a transformers model calls the keys and values it goes on from: `cache` since 5.24, in
+    the families that follow."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 @contextmanager

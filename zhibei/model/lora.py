@@ -22,6 +22,8 @@ def import_peft() -> Any:
     """PEFT, which imports bitsandbytes where that is installed."""
     with no_fetched_kernels():
         import peft
+    # PEFT 0.21 asks transformers 5.23 by a former name; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     return peft
 
 
