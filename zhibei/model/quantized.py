@@ -299,9 +299,8 @@ def put_own_layers(hf: Any, dtype: torch.dtype) -> Any:
         if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
     ]
     for name, module in found:
-        own = _own_layer(module, dtype, is_8bit=isinstance(module, bitsandbytes.nn.Linear8bitLt))
-        parent, _, last = name.rpartition(".")
-        setattr(hf.get_submodule(parent), last, own)
+        parts, how = _packed_by_bitsandbytes(module, is_8bit=isinstance(module, bitsandbytes.nn.Linear8bitLt))
+        _exchange(hf, name, parts, how=how, dtype=dtype)
     forget_loading(hf)
     return hf
 
@@ -330,37 +329,35 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
 def put_described(model: torch.nn.Module, layers: Mapping[str, Any]) -> None:
     """Put packed layers without values (on the meta device) into a model that has plain ones there."""
     for name, told in layers.items():
-        parent, _, last = name.rpartition(".")
-        plain: Any = model.get_submodule(name)
         parts = [torch.empty(size, dtype=_dtype_of(kind), device="meta") for kind, size in told["parts"]]
-        shape = (plain.out_features, plain.in_features)
-        own = QuantisedLinear(parts, how=told["how"], shape=shape, dtype=_dtype_of(told["dtype"]))
-        if plain.bias is not None:
-            own.bias = torch.nn.Parameter(plain.bias.data, requires_grad=False)
-        own.train(plain.training)
-        setattr(model.get_submodule(parent), last, own)
+        _exchange(model, name, parts, how=told["how"], dtype=_dtype_of(told["dtype"]))
 
 
 def _dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name.removeprefix("torch."))
 
 
-def _own_layer(module: Any, dtype: torch.dtype, *, is_8bit: bool) -> QuantisedLinear:
-    shape = (module.out_features, module.in_features)
+def _packed_by_bitsandbytes(module: Any, *, is_8bit: bool) -> tuple[list[torch.Tensor], str]:
+    """What one of its layers holds, and how."""
     weight = module.weight
     if is_8bit:
-        largest = weight.SCB if weight.SCB is not None else module.state.SCB
-        own = QuantisedLinear([weight.data, largest], how="int8", shape=shape, dtype=dtype)
-    else:
-        state = weight.quant_state
-        parts = [weight.data, state.absmax]
-        if state.nested:
-            parts += [state.state2.absmax, state.state2.code, state.offset]
-        own = QuantisedLinear(parts, how=f"{state.quant_type} {state.blocksize}", shape=shape, dtype=dtype)
-    if module.bias is not None:
-        own.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
-    own.train(module.training)
-    return own
+        return [weight.data, weight.SCB if weight.SCB is not None else module.state.SCB], "int8"
+    state = weight.quant_state
+    nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return [weight.data, state.absmax, *nested], f"{state.quant_type} {state.blocksize}"
+
+
+def _exchange(
+    model: torch.nn.Module, name: str, parts: Sequence[torch.Tensor], *, how: str, dtype: torch.dtype
+) -> None:
+    """Put a packed layer in the place of the linear layer of this name."""
+    old: Any = model.get_submodule(name)
+    own = QuantisedLinear(parts, how=how, shape=(old.out_features, old.in_features), dtype=dtype)
+    if old.bias is not None:
+        own.bias = torch.nn.Parameter(old.bias.data, requires_grad=False)
+    own.train(old.training)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, own)
 
 
 def quantised_layers(model: torch.nn.Module) -> dict[str, QuantisedLinear]:

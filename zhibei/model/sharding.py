@@ -159,7 +159,7 @@ def fill(model: LanguageModel, held: dict[str, torch.Tensor], *, ranks: Ranks, d
                 sent = held.pop(name).to(device).contiguous()
             else:
                 sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            torch.distributed.broadcast(sent, src=0)
+            ranks.same_as_first(sent)
             if isinstance(tensor, DTensor):
                 start, stop = rows_held(tensor)
                 tensor.to_local().copy_(sent[start:stop])

@@ -191,15 +191,7 @@ def require_rows(run: RunFile) -> None:
 
 def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
     """The model made ready to train (compiled, activations checkpointed) with its optimiser; and the task."""
-    ranks = current()
-    shard(
-        model,
-        run.distributed.sharding,
-        ranks=ranks,
-        device=choose_device(run.device),
-        compute_dtype=model.dtype,
-        offload=run.distributed.offload == "all",
-    )
+    divide(run, model)
     compiled = compile_layers(model, run.model.compile)
     how = run.model.activation_checkpointing
     checkpoint_activations(model, "none" if how == "auto" else how, compiled=compiled)
@@ -213,9 +205,21 @@ def make_stepper(run: RunFile, model: LanguageModel) -> tuple[Stepper, Task]:
         task.step_loss,
         max_grad_norm=run.training.max_grad_norm,
         parameters=learning,
-        ranks=ranks,
+        ranks=current(),
     )
     return stepper, task
+
+
+def divide(run: RunFile, model: LanguageModel) -> None:
+    """Divide a model among the ranks as the run file says."""
+    shard(
+        model,
+        run.distributed.sharding,
+        ranks=current(),
+        device=choose_device(run.device),
+        compute_dtype=model.dtype,
+        offload=run.distributed.offload == "all",
+    )
 
 
 def plan_without_model(

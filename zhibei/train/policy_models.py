@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from zhibei.config.policy import PolicySection, PpoSection, RatioSection
 from zhibei.config.run import RunFile
-from zhibei.model.device import choose_device
 from zhibei.model.dropout import without_dropout
-from zhibei.model.language_model import LanguageModel
 from zhibei.model.load import Need
 from zhibei.model.ranks import current
 from zhibei.model.roles import Cast, Roles, load_roles
 from zhibei.model.savings import checkpoint_activations, compile_layers
-from zhibei.model.sharding import shard
-from zhibei.train.materials import divides
+from zhibei.train.materials import divide, divides
 from zhibei.train.optimizer import make_optimizer
 from zhibei.train.policy_loss import head_of, policy_loss, shape_of, value_loss
 from zhibei.train.step import Stepper
@@ -82,19 +80,8 @@ def steppers(run: RunFile, section: PolicySection, roles: Roles) -> tuple[Steppe
 def make_ready(run: RunFile, roles: Roles) -> None:
     """Divide the models among ranks and recompute activations where asked for. Layers are compiled only when the run
     file says so: prompts and answers have other lengths in every pass."""
-
-    def divide(model: LanguageModel) -> None:
-        shard(
-            model,
-            run.distributed.sharding,
-            ranks=current(),
-            device=choose_device(run.device),
-            compute_dtype=model.dtype,
-            offload=run.distributed.offload == "all",
-        )
-
     if divides(run):
-        roles.divide(divide, current())
+        roles.divide(partial(divide, run), current())
     how = run.model.activation_checkpointing
     for model in roles.own_models:
         compiled = compile_layers(model, run.model.compile is True)
