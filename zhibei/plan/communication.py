@@ -51,7 +51,7 @@ def traffic_of(shape: ModelShape, job: Job) -> Traffic:
     if ways == 1:
         return Traffic(added_up=2 * FP32 * learned * _share(job.num_gpus))
     item, passes = job.item_bytes, job.num_passes
-    outside = shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters)
+    outside = shape.embedding_and_head_parameters
     inside = shape.num_parameters - outside - shape.layer_parameters
     gathered_once = sum(gathered_layers(shape, job)) + item * (inside + (learned if job.trains_adapters else 0))
     times = 1 if job.sharding == "shard_grad_op" else 2

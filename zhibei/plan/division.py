@@ -64,8 +64,7 @@ def divided(shape: ModelShape, job: Job, held: Holdings) -> Divided:
     """One GPU's part; that of the first, which has no fewer rows of any tensor than the others."""
     ways = ways_of(job)
     part = held if ways == 1 else part_of(shape, job, held, ways)
-    gathered = gathered_bytes(shape, job) if ways > 1 else 0.0
-    everything = sum(gathered_layers(shape, job)) + outside_bytes(shape, job) if ways > 1 else 0.0
+    gathered, everything = gathered_bytes(shape, job) if ways > 1 else (0.0, 0.0)
     on_host = 0.0
     if job.offload != "none":
         # Masters on the host are whole fp32 copies (train/optimizer.py); with divided weights so are their parts.
@@ -97,15 +96,11 @@ def part_of(shape: ModelShape, job: Job, held: Holdings, ways: int) -> Holdings:
     )
 
 
-def gathered_bytes(shape: ModelShape, job: Job) -> float:
-    """Whole weights in use on top of the parts, and the whole gradients of one layer before they are divided: in the
-    type that computes, and in fp32 to be added up."""
+def gathered_bytes(shape: ModelShape, job: Job) -> tuple[float, float]:
+    """Whole weights in use on top of the parts, in the type that computes: while learning, with the whole gradients of
+    one layer before they are divided (in that type, and in fp32 to be added up); and all of them, to answer."""
     layers = gathered_layers(shape, job)
+    outside = job.item_bytes * shape.embedding_and_head_parameters
     held = sum(layers) if job.sharding == "shard_grad_op" else GATHERED_LAYERS * max(layers, default=0)
     gradients = 0 if job.trains_adapters else (job.item_bytes + FP32) * shape.largest_layer_parameters
-    return held + outside_bytes(shape, job) + gradients
-
-
-def outside_bytes(shape: ModelShape, job: Job) -> int:
-    """Embedding and head, whole and in the type that computes."""
-    return job.item_bytes * (shape.embedding_parameters + (0 if shape.is_tied else shape.head_parameters))
+    return held + outside + gradients, sum(layers) + outside

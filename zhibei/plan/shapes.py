@@ -95,6 +95,11 @@ class ModelShape:
         )
 
     @property
+    def embedding_and_head_parameters(self) -> int:
+        """Both, the one tensor of tied ones once."""
+        return self.embedding_parameters + (0 if self.is_tied else self.head_parameters)
+
+    @property
     def layer_parameters(self) -> int:
         """All layers together."""
         return sum(math.prod(shape) for layer in self.layers for shape in layer.values())
