@@ -6,7 +6,6 @@ Dimensions: K beams, V vocabulary, M candidates.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from zhibei.generate.decoding import context_tokens
 from zhibei.generate.filters import penalize_repetition
 from zhibei.generate.options import SamplingOptions
 from zhibei.generate.stops import Decode
-from zhibei.model.answering import answering, cache_argument, plain_model
+from zhibei.model.answering import answering, going_on, plain_model
 
 _NEVER = -1e9
 
@@ -128,16 +127,13 @@ class _Reader:
 
         self._model = model
         self._device = model.get_input_embeddings().weight.device
-        accepted = inspect.signature(plain_model(model).forward).parameters
-        self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._going_on = going_on(model)
         self._cache = DynamicCache(config=plain_model(model).config)
-        self._cache_argument = cache_argument(plain_model(model))
         self._tokens_KT = torch.tensor([prompt] * num_beams, device=self._device)
 
     def logps(self) -> torch.Tensor:
         """Log-probabilities [K, V] of the next tokens, fp32."""
-        cache = {self._cache_argument: self._cache}
-        output = self._model(input_ids=self._tokens_KT, use_cache=True, **cache, **self._only_last)
+        output = self._model(input_ids=self._tokens_KT, **self._going_on(self._cache))
         return output.logits[:, -1].float().log_softmax(dim=-1)
 
     def go_on(self, sources: list[int], tokens: list[int]) -> None:

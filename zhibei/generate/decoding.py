@@ -17,7 +17,7 @@ from zhibei.generate import fast
 from zhibei.generate.cache import SlotCache, StepView
 from zhibei.generate.captured import CapturedStep
 from zhibei.generate.families import mask_kinds, takes_mask_by_layer
-from zhibei.model.answering import cache_argument, plain_model
+from zhibei.model.answering import cache_argument, going_on, plain_model
 from zhibei.model.language_model import head_shape
 
 # Growing a cache copies it and, on a GPU, makes captured steps useless; on a CPU unused columns cost time as well.
@@ -59,10 +59,8 @@ class AloneRoad:
 
     def __init__(self, model: Any, slots: int) -> None:
         self._model = model
-        accepted = inspect.signature(plain_model(model).forward).parameters
-        self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._cache_argument = cache_argument(plain_model(model))
-        self._takes_positions = "position_ids" in accepted
+        self._going_on = going_on(model)
+        self._takes_positions = "position_ids" in inspect.signature(plain_model(model).forward).parameters
         self._caches: list[Any] = [None] * slots
 
     def prefill(self, prompts: Sequence[list[int]], slots: Sequence[int]) -> torch.Tensor:
@@ -93,8 +91,7 @@ class AloneRoad:
 
     def _read(self, tokens_1T: torch.Tensor, positions_1T: torch.Tensor, slot: int) -> torch.Tensor:
         positions = {"position_ids": positions_1T} if self._takes_positions else {}
-        cache = {self._cache_argument: self._caches[slot]}
-        output = self._model(input_ids=tokens_1T, use_cache=True, **cache, **positions, **self._only_last)
+        output = self._model(input_ids=tokens_1T, **positions, **self._going_on(self._caches[slot]))
         return output.logits[:, -1].float()
 
 

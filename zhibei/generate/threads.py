@@ -25,7 +25,7 @@ WORTH = 1.1
 
 def threads_for(model: Any, *, rows: int) -> int | None:
     """The fewest threads with which a causal model writes `rows` answers about as fast as with any other number; None
-    where there is nothing to choose: not on a CPU, or OMP_NUM_THREADS says it. Takes a second at most; changes nothing.
+    where there is nothing to choose: not on a CPU, or OMP_NUM_THREADS says it. Takes a few trials; changes nothing.
     """
     most = torch.get_num_threads()
     if model.get_input_embeddings().weight.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or most == 1:
@@ -47,7 +47,8 @@ def chosen(most: int, seconds_of: Callable[[int], float]) -> int:
     if seconds[most] > SLOW_SECONDS:
         return most
     threads = most
-    while threads > 1:
+    # Fewer than those that are too few are not tried: each half would take twice as long.
+    while threads > 1 and seconds[threads] <= WORTH * min(seconds.values()):
         threads //= 2
         seconds[threads] = seconds_of(threads)
     best = min(seconds.values())

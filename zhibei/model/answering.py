@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,16 @@ def cache_argument(module: Any) -> str:
     """What the forward pass of a transformers model calls the keys and values it goes on from: `cache` since 5.24, in
     the families that follow."""
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def going_on(model: Any) -> Callable[[Any], dict[str, Any]]:
+    """What a causal model is called with, besides tokens, to go on from a cache: logits of the last position only where
+    it can leave out the others."""
+    inner = plain_model(model)
+    accepted = inspect.signature(inner.forward).parameters
+    settings = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})}
+    name = cache_argument(inner)
+    return lambda cache: {name: cache, **settings}
 
 
 @contextmanager
