@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import markdown
 from zhibei.config.read import read_run
 from zhibei.plan.communication import LINK_GB_PER_S
 from zhibei.plan.job import Rows, Sharding
@@ -88,13 +89,12 @@ def few_cards() -> Iterator[dict[str, Any]]:
 def table_of_cards(found: list[dict[str, Any]]) -> str:
     """Markdown of the plans for a few cards."""
     head = ["model", "cards of 24 GiB", "sharding", "GiB per card", "gathered (GiB a step)", "tokens/s"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    rows = []
     for one in found:
         memory = f"{one['device_gib']}" + ("" if one["fits"] else " (does not fit)")
         speed = f"{one['tokens_per_s']:,}" if one["fits"] else "-"
-        cells = [one["model"], str(one["cards"]), one["sharding"], memory, str(one["gathered_gib"]), speed]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([one["model"], str(one["cards"]), one["sharding"], memory, str(one["gathered_gib"]), speed])
+    return markdown(head, rows)
 
 
 def figures(found: Candidate, machine: Machine) -> dict[str, Any]:
@@ -126,16 +126,15 @@ def table(found: list[dict[str, Any]], link: str) -> str:
     """Markdown of the records with this link."""
     head = ["model", "GPUs", "sharding", "GiB per GPU", "gathered + scattered + added up (GiB a step)", "efficiency",
             "tokens/s", "checkpoint (s)"]  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    rows = []
     for one in found:
         if one["link"] != link:
             continue
         memory = f"{one['device_gib']}" + ("" if one["fits"] else " (does not fit)")
         moved = f"{one['gathered_gib']} + {one['scattered_gib']} + {one['added_up_gib']}"
         rates = [f"{100 * one['efficiency']:.0f} %", f"{one['tokens_per_s']:,}", f"{one['checkpoint_seconds']:,}"]
-        cells = [one["model"], str(8 * one["nodes"]), one["sharding"], memory, moved, *rates]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([one["model"], str(8 * one["nodes"]), one["sharding"], memory, moved, *rates])
+    return markdown(head, rows)
 
 
 def main() -> int:

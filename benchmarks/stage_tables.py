@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.records import Record
 
@@ -10,39 +10,31 @@ from benchmarks.records import Record
 def stage_memory_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Peak GPU memory by stage and settings, predicted and measured, largest error first."""
     header = ["what", "method", "shape", "measured GiB", "predicted GiB", "error", "where the plan sees the peak"]
-    chosen = [record for record in records if "error" not in record]
-    rows = [
-        [
-            record["settings"]["name"],
-            record["method"],
-            f"{record['settings']['shape']}, {record['settings']['layers']} layers",
-            f"{record['measured_gib']:.2f}",
-            f"{record['predicted_gib']:.2f}",
-            f"{record['error_percent']:+.1f} %",
-            record["peak_at"],
-        ]
-        for record in sorted(chosen, key=lambda each: -abs(each["error_percent"]))
-    ]
-    return header, rows
+    chosen = _by_error(records)
+    return header, [[*_error_cells(one, lambda gib: f"{gib:.2f}"), one["peak_at"]] for one in chosen]
 
 
 def tracked_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """The same of narrow models, tensors counted on a CPU: in MiB."""
     header = ["what", "method", "shape", "counted MiB", "predicted MiB", "error"]
-    rows = [
-        [
-            record["settings"]["name"],
-            record["method"],
-            f"{record['settings']['shape']}, {record['settings']['layers']} layers",
-            f"{1024 * record['measured_gib']:.0f}",
-            f"{1024 * record['predicted_gib']:.0f}",
-            f"{record['error_percent']:+.1f} %",
-        ]
-        for record in sorted(
-            (record for record in records if "error" not in record), key=lambda each: -abs(each["error_percent"])
-        )
+    return header, [_error_cells(one, lambda gib: f"{1024 * gib:.0f}") for one in _by_error(records)]
+
+
+def _by_error(records: Sequence[Record]) -> list[Record]:
+    measured = (record for record in records if "error" not in record)
+    return sorted(measured, key=lambda each: -abs(each["error_percent"]))
+
+
+def _error_cells(record: Record, shown: Callable[[float], str]) -> list[str]:
+    settings = record["settings"]
+    return [
+        settings["name"],
+        record["method"],
+        f"{settings['shape']}, {settings['layers']} layers",
+        shown(record["measured_gib"]),
+        shown(record["predicted_gib"]),
+        f"{record['error_percent']:+.1f} %",
     ]
-    return header, rows
 
 
 def ppo_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

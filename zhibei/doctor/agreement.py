@@ -147,7 +147,9 @@ def _faults(facts: list[Mapping[str, Any]]) -> UserError | None:
     prefix = "" if is_everywhere else f"{_name(faulty[0])}: "
     if fault.get("errors"):
         return SeveralErrors(list(map(from_told, fault["errors"])), what=f"{prefix}{fault['what']}")
-    return UserError(f"{prefix}{fault['what']}", expected=fault["expected"], fix=fault["fix"], where=fault["where"])
+    found = from_told(fault)
+    found.what = f"{prefix}{found.what}"
+    return found
 
 
 def _different_versions(facts: list[Mapping[str, Any]]) -> UserError | None:
